@@ -1,0 +1,11 @@
+"""Kronecker-factored Newton steps for PyTorch.
+
+>>> import kronewton as kn
+>>> optimizer = kn.KFAC(model, criterion)  # then the training loop as it is
+"""
+
+from kronewton import derivation, errors, losses
+from kronewton.optimizer import KFAC
+
+__version__ = "0.1.0"
+__all__ = ["KFAC", "__version__", "derivation", "errors", "losses"]

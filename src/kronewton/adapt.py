@@ -1,0 +1,121 @@
+"""Rules that choose the damping. Scalars in, scalars out; nothing here knows a tensor.
+
+Two dampings are told apart, as in Martens & Grosse 2015, sections 6.5 and 6.6. λ belongs to the
+quadratic model and says how far it is trusted; γ goes into the inverses that make the direction.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the rules decide. Both dampings are in units of the loss."""
+
+    damping: float  # λ
+    inverse_damping: float  # γ
+    probe: float = 0.1  # the ratio by which γ is changed when it is next tried
+    noise: float = 0.0  # see StepInfo.noise, averaged
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a rule may look at after a step."""
+
+    predicted: float  # change of the loss by the quadratic model, negative for a decrease
+    actual: float  # change of the loss on the same batch
+    scale: float  # mean eigenvalue of the curvature: what makes a damping large or small
+    steps: int  # since the rule was last asked
+    noise: float | None = None  # difference between two batches at one point, over `actual`
+
+
+class Rule(ABC):
+    """Settings and what happened → the next settings."""
+
+    @abstractmethod
+    def update(self, settings: Settings, info: StepInfo) -> Settings:
+        """After a step whose result is known."""
+
+    @abstractmethod
+    def probed(self, settings: Settings, better: bool, scale: float) -> Settings:
+        """After γ·probe was tried in place of γ, and was better for the quadratic model or not."""
+
+    @abstractmethod
+    def least_momentum(self, settings: Settings) -> float:
+        """The least momentum that an automatic choice may come down to."""
+
+
+@dataclass(frozen=True)
+class Fixed(Rule):
+    """Changes nothing."""
+
+    def update(self, settings: Settings, info: StepInfo) -> Settings:
+        return settings
+
+    def probed(self, settings: Settings, better: bool, scale: float) -> Settings:
+        return settings
+
+    def least_momentum(self, settings: Settings) -> float:
+        return -math.inf
+
+
+@dataclass(frozen=True)
+class LevenbergMarquardt(Rule):
+    """Less λ while the quadratic model is right, more when it promises too much.
+
+    ρ is the actual over the predicted decrease, on the same batch. Above 3/4, λ falls by `drop` a
+    step, below 1/4 it rises by the inverse. γ is tried at one neighbour at a time and moves when
+    the quadratic model falls further with it.
+
+    How far to trust one batch depends on the noise between batches, which is measured for free:
+    the loss of the next batch against this batch's, both after the step, over the step's decrease.
+    Without noise λ may vanish and momentum is the quadratic model's own. With noise, λ keeps a
+    floor, and momentum too, which averages over batches. All bounds are relative to the
+    curvature's mean eigenvalue, so that multiplying the loss changes nothing.
+    """
+
+    drop: float = 0.7
+    floor: float = 1e-8
+    noisy_floor: float = 0.3
+    ceiling: float = 1e4
+    noisy_momentum: float = 0.6
+    noise_memory: float = 0.8
+
+    def update(self, settings: Settings, info: StepInfo) -> Settings:
+        settings = replace(settings, noise=self._noise(settings.noise, info.noise))
+        if not info.predicted < 0:
+            return settings
+        factor = self.drop**info.steps
+        damping = settings.damping
+        agreement = info.actual / info.predicted
+        if agreement > 0.75:
+            damping *= factor
+        elif not agreement >= 0.25:  # also when the loss is not a number
+            damping /= factor
+        low = max(self.floor, self.noisy_floor * min(1.0, settings.noise)) * info.scale
+        return replace(settings, damping=min(max(damping, low), self.ceiling * info.scale))
+
+    def _noise(self, before: float, now: float | None) -> float:
+        if now is None or not math.isfinite(now):
+            return before
+        # Capped: a step that changed almost nothing says little about noise, however large.
+        return self.noise_memory * before + (1 - self.noise_memory) * min(now, 2.0)
+
+    def probed(self, settings: Settings, better: bool, scale: float) -> Settings:
+        if not better:
+            return replace(settings, probe=1 / settings.probe)
+        damping = settings.inverse_damping * settings.probe
+        low, high = self.floor * scale, self.ceiling * scale
+        return replace(settings, inverse_damping=min(max(damping, low), high))
+
+    def least_momentum(self, settings: Settings) -> float:
+        if settings.noise < 0.01:
+            return -math.inf
+        return self.noisy_momentum * min(1.0, settings.noise)
+
+
+FIRST_TRIALS = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
+"""Dampings tried before the first step, over the curvature's mean eigenvalue, largest first."""

@@ -1,0 +1,338 @@
+"""The command line: kronewton verify, train, compare, explain, bench and demo.
+
+A command's signature is its interface, one argument per option, however many they are.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+import kronewton as kn
+from kronewton.errors import DataError, KronewtonError, OptionError
+
+try:
+    import typer
+
+    from kronewton.lab import bench, contest, display, plots, reports, session, verify
+    from kronewton.lab.rivals import RIVALS, Rival, Setting, available, describe, find_rival
+    from kronewton.lab.tasks import TASKS, Options, Task, find_task
+    from kronewton.lab.training import Budget, start
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f"The command line needs the package {missing.name}, which is not installed; "
+        "pip install 'kronewton[lab]' brings all that it needs."
+    ) from None
+
+INTERRUPTED = 130
+EVALUATIONS = 100  # how often a run is evaluated over its length
+UNLIMITED = 10**9
+DEMO_RIVALS = ("kfac", "sgd", "adamw", "soap")
+DEMO_GRID = 6
+
+app = typer.Typer(
+    help="K-FAC as a Newton step: check the mathematics, train, compare.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench_app = typer.Typer(help="Measure costs.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+TaskName = Annotated[
+    str, typer.Argument(metavar="TASK", help=f"{', '.join(TASKS)} or mnist-autoencoder.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 and the like.")]
+Seed = Annotated[int, typer.Option(min=0, help="Draws initial weights and the order of batches.")]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write results here.")]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for pictures and files.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Steps of a run; the task has a default.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Examples a step; the task has a default.")]
+Data = Annotated[Path | None, typer.Option(metavar="PATH", help="MNIST: an .npz or the IDX file.")]
+Small = Annotated[bool, typer.Option("--small", help="mnist-autoencoder through 784-256-256-64.")]
+Examples = Annotated[int | None, typer.Option(min=2, help="Training images of mnist-autoencoder.")]
+Seeds = Annotated[int, typer.Option(min=1, help="How many seeds, from --seed upwards.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; what a user can mend ends as one sentence and exit code 2."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="kronewton")
+    except KronewtonError as error:
+        print(f"kronewton: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+@app.command("verify")
+def verify_command(device: Device = "cpu", seed: Seed = 0, json: Json = None) -> None:
+    """Walk the note and check each identity; exit 1 if a residual is above its bound."""
+    _check_files(None, json)
+    results = verify.run(seed, _device(device))
+    display.output().print(verify.table(results))
+    _write(json, results)
+    if not all(result.passed for result in results):
+        raise typer.Exit(1)
+
+
+@app.command("train")
+def train_command(
+    task: TaskName,
+    optimizer: Annotated[str, typer.Option(help=f"{', '.join(RIVALS)}.")] = "kfac",
+    lr: Annotated[float | None, typer.Option(help="Learning rate; K-FAC finds its own.")] = None,
+    steps: Steps = None,
+    batch_size: Batch = None,
+    data: Data = None,
+    small: Small = False,
+    examples: Examples = None,
+    out: Out = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from --out's checkpoint.")
+    ] = False,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Train a task with one optimizer; --out keeps a picture, a line per step, a checkpoint."""
+    chosen = find_task(task, Options(batch_size, data, small, examples))
+    rival = find_rival(optimizer)
+    _check_files(out, json)
+    run = start(chosen, rival, _setting(rival, lr), seed, _device(device))
+    records = session.resume_(run, out) if resume else []
+    budget = _budget(chosen, steps, None)
+    with display.step_bar(rival.label, budget, len(records)) as show:
+        outcome = session.train_(run, budget, out, records, show)
+    print(f"{rival.label} on {chosen.described()}")
+    display.output().print(session.summary(run, outcome))
+    _write(json, {"task": chosen.described(), "unit": chosen.unit, "optimizer": rival.name,
+                  "setting": run.setting, "seed": seed, "records": outcome.records})  # fmt: skip
+    if outcome.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if outcome.records and outcome.records[-1].diverged:
+        raise typer.Exit(1)
+
+
+@app.command("compare")
+def compare_command(
+    task: TaskName,
+    rivals: Annotated[str | None, typer.Option(help="Names with commas; default: all.")] = None,
+    seeds: Seeds = 3,
+    steps: Steps = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Length of a run, instead of steps.")
+    ] = None,
+    target: Annotated[float | None, typer.Option(help="Training loss to reach.")] = None,
+    grid_budget: Annotated[int, typer.Option(min=1, help="Settings that each may try.")] = 12,
+    batch_size: Batch = None,
+    data: Data = None,
+    small: Small = False,
+    examples: Examples = None,
+    out: Out = None,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Tune every rival over a grid of the same size, then race them in turn on several seeds."""
+    chosen = find_task(task, Options(batch_size, data, small, examples))
+    plan = contest.Plan(
+        task=chosen,
+        rivals=_rivals(rivals),
+        seeds=tuple(range(seed, seed + seeds)),
+        budget=_budget(chosen, steps, seconds),
+        target=_target(chosen, target),
+        grid=grid_budget,
+        device=_device(device),
+    )
+    _check_files(out, json)
+    _compare(plan, out, json)
+
+
+@app.command("explain")
+def explain_command(
+    task: TaskName,
+    data: Data = None,
+    small: Small = False,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Say which parameter of a task's model K-FAC covers, and how."""
+    chosen = find_task(task, Options(data=data, small=small))
+    _check_files(None, json)
+    problem = chosen.build(seed, _device(device))
+    coverage = kn.KFAC(problem.model, problem.criterion).coverage()
+    print(f"{chosen.described()}\n\n{coverage}")
+    _write(json, {"task": chosen.described(), "coverage": coverage})
+
+
+@bench_app.command("step-cost")
+def step_cost_command(
+    tasks: Annotated[list[str] | None, typer.Argument(metavar="[TASK]...")] = None,
+    chunks: Annotated[int, typer.Option(min=2, help="Chunks of steps to take in turn.")] = 15,
+    data: Data = None,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Time K-FAC's step, nothing set, against AdamW's and SGD's.
+
+    The tasks are digits-mlp and digits-autoencoder if none is named; mnist-autoencoder is its
+    small network.
+    """
+    _check_files(None, json)
+    costs = []
+    for name in tasks or ["digits-mlp", "digits-autoencoder"]:
+        options = Options(data=data, small=True) if name == "mnist-autoencoder" else None
+        costs += bench.step_cost(find_task(name, options), chunks, seed, _device(device))
+    print("K-FAC's step, nothing set, as a multiple of another optimizer's")
+    display.output().print(bench.cost_table(costs))
+    _write(json, costs)
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the picture.")] = Path(
+        "demo"
+    ),
+    device: Device = "cpu",
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Check the note, then race K-FAC against tuned rivals on handwritten digits."""
+    _check_files(out, json)
+    results = verify.run(seed, _device(device))
+    good = sum(result.passed for result in results)
+    print(f"{good} of the note's {len(results)} identities hold within their bounds.")
+    task = find_task("digits-mlp")
+    names = [name for name in DEMO_RIVALS if name in available()]
+    plan = contest.Plan(
+        task=task,
+        rivals=tuple(find_rival(name) for name in names),
+        seeds=(seed, seed + 1, seed + 2),
+        budget=_budget(task, None, None),
+        target=task.target,
+        grid=DEMO_GRID,
+        device=_device(device),
+    )
+    _compare(plan, out, json)
+    if good < len(results):
+        raise typer.Exit(1)
+
+
+def _compare(plan: contest.Plan, out: Path | None, json: Path | None) -> None:
+    """Tune, race, and report what was run, all of it or up to Ctrl-C."""
+    tuned: contest.Board = {}
+    raced: contest.Board = {}
+    phases = (
+        ("tuning", len(contest.tuning_lanes(plan)), contest.tune_(plan, tuned)),
+        ("racing", len(plan.rivals) * len(plan.seeds), contest.race_(plan, tuned, raced)),
+    )
+    with session.ctrl_c() as pressed:
+        for label, lanes, steps in phases:
+            with display.lane_bar(label, plan, lanes) as show:
+                for lane in steps:
+                    show(lane)
+                    if pressed():
+                        break
+            if pressed():
+                break
+        interrupted = pressed()
+    _report(plan, tuned, raced, out, json)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _report(
+    plan: contest.Plan,
+    tuned: contest.Board,
+    raced: contest.Board,
+    out: Path | None,
+    json: Path | None,
+) -> None:
+    report = reports.summarise(plan, tuned, raced)
+    if not report.lines:
+        print("Stopped while tuning: nothing was raced yet.")
+        return
+    print(report.task)
+    display.output().print(reports.contest_tables(report))
+    document = {"report": report, "grids": _grids(plan), "curves": reports.curves(raced)}
+    _write(json, document)
+    if out is not None:
+        picture = out / f"{plan.task.name}.png"
+        plots.contest_plot(plan, raced, picture)
+        _write(out / f"{plan.task.name}.json", document)
+        print(f"Picture: {picture}")
+    print(reports.verdict(report))
+
+
+def _grids(plan: contest.Plan) -> dict[str, list[str]]:
+    return {rival.name: [describe(s) for s in plan.settings(rival)] for rival in plan.rivals}
+
+
+def _budget(task: Task, steps: int | None, seconds: float | None) -> Budget:
+    if seconds is None:
+        length = steps or task.steps
+        return Budget(length, every=max(1, length // EVALUATIONS))
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise OptionError(f"--seconds must be a positive number, not {seconds:g}.")
+    return Budget(steps or UNLIMITED, seconds, every=max(1, task.steps // EVALUATIONS))
+
+
+def _target(task: Task, target: float | None) -> float:
+    if target is None:
+        return task.target
+    if not math.isfinite(target):
+        raise OptionError(f"--target must be a number, not {target:g}.")
+    return target
+
+
+def _setting(rival: Rival, lr: float | None) -> Setting:
+    """The first setting of the rival's grid, with the user's learning rate if there is one."""
+    if lr is None:
+        return rival.grid[0]
+    if not (math.isfinite(lr) and lr >= 0):
+        raise OptionError(f"--lr must be a number that is not negative, not {lr:g}.")
+    return {**rival.grid[0], "lr": lr}
+
+
+def _rivals(names: str | None) -> tuple[Rival, ...]:
+    if names is None:
+        left_out = [RIVALS[name].label for name in RIVALS if name not in available()]
+        if left_out:
+            print(
+                f"Without {', '.join(left_out)}: pip install 'kronewton[bench]' adds them.",
+                file=sys.stderr,
+            )
+        return tuple(find_rival(name) for name in available())
+    chosen = dict.fromkeys(name.strip() for name in names.split(","))
+    return tuple(find_rival(name) for name in chosen)
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name. Raises OptionError if it can't hold a tensor."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise OptionError(
+            f"--device {name} can't be used ({str(error).splitlines()[0]}); cpu always can."
+        ) from error
+    return device
+
+
+def _check_files(out: Path | None, json: Path | None) -> None:
+    """Make the folder, and refuse a file without one, before any work is done."""
+    session.make_folder(out)
+    if json is not None and (json.is_dir() or not json.parent.is_dir()):
+        raise DataError(f"--json {json} can't be a file: it must lie in a folder that exists.")
+
+
+def _write(json: Path | None, value: object) -> None:
+    if json is not None:
+        reports.write_json(json, value)

@@ -1,0 +1,120 @@
+"""Rivals against each other: every one tuned over its grid, then all seeds in turn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from kronewton.lab.rivals import Rival, Setting
+from kronewton.lab.tasks import Task
+from kronewton.lab.training import Budget, Record, interleave, start, train
+
+WARM_UP = 3
+CHUNK = 10  # steps that a run takes before the next one's turn
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who runs what, how long and how often.
+
+    target: training loss to reach, in the task's unit. grid: how many settings each rival may try.
+    """
+
+    task: Task
+    rivals: tuple[Rival, ...]
+    seeds: tuple[int, ...]
+    budget: Budget
+    target: float
+    grid: int
+    device: torch.device
+
+    def settings(self, rival: Rival) -> tuple[Setting, ...]:
+        return rival.grid[: self.grid]
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One run of a contest: a rival, the place of its setting in the grid, a seed."""
+
+    rival: str
+    setting: int
+    seed: int
+
+
+Board = dict[Lane, list[Record]]
+
+
+def tuning_lanes(plan: Plan) -> list[Lane]:
+    """Every setting of every rival that has a choice, on the first seed."""
+    return [
+        Lane(rival.name, index, plan.seeds[0])
+        for rival in plan.rivals
+        for index in range(len(plan.settings(rival)))
+        if len(plan.settings(rival)) > 1
+    ]
+
+
+def racing_lanes(plan: Plan, tuned: Board) -> list[Lane]:
+    """Every rival at its best setting, on every seed; rivals next to each other within a seed."""
+    best = {rival.name: best_setting(plan, rival, tuned) for rival in plan.rivals}
+    return [Lane(name, best[name], seed) for seed in plan.seeds for name in best]
+
+
+def best_setting(plan: Plan, rival: Rival, tuned: Board) -> int:
+    """The setting that reached the target in the fewest steps, or else ended lowest."""
+    lanes = [lane for lane in tuned if lane.rival == rival.name]
+
+    def merit(lane: Lane) -> tuple[float, float]:
+        reached = first_below(tuned[lane], plan.target)
+        return (math.inf if reached is None else reached.step), final_loss(tuned[lane])
+
+    return min(lanes, key=merit).setting if lanes else 0
+
+
+def run_(plan: Plan, lanes: Sequence[Lane], board: Board) -> Iterator[Lane]:
+    """Run lanes in turn onto the board, and tell after each step whose it was."""
+    rivals = {rival.name: rival for rival in plan.rivals}
+    runs = {}
+    for lane in lanes:
+        rival = rivals[lane.rival]
+        setting = plan.settings(rival)[lane.setting]
+        run = start(plan.task, rival, setting, lane.seed, plan.device)
+        runs[lane] = train(run, plan.budget)
+        board[lane] = []
+    for lane, record in interleave(runs, CHUNK):
+        board[lane].append(record)
+        yield lane
+
+
+def tune_(plan: Plan, board: Board) -> Iterator[Lane]:
+    """Run the grids, one setting after the other: their clocks decide nothing."""
+    for lane in tuning_lanes(plan):
+        yield from run_(plan, [lane], board)
+
+
+def race_(plan: Plan, tuned: Board, board: Board) -> Iterator[Lane]:
+    """Run every rival at its best setting on every seed, all in turn in one process."""
+    lanes = racing_lanes(plan, tuned)
+    # What a process does only once (loading kernels, first allocations) falls on no one's clock.
+    warm = replace(plan, budget=Budget(steps=WARM_UP))
+    for _ in run_(warm, lanes[: len(plan.rivals)], {}):
+        pass
+    yield from run_(plan, lanes, board)
+
+
+def first_below(records: Sequence[Record], target: float) -> Record | None:
+    """The first evaluated step whose training loss is at the target or below."""
+    for record in records:
+        if record.train_loss is not None and record.train_loss <= target:
+            return record
+    return None
+
+
+def final_loss(records: Sequence[Record]) -> float:
+    """The training loss at the last evaluation, infinite if the run diverged or never began."""
+    if not records or records[-1].diverged:
+        return math.inf
+    return next((r.train_loss for r in reversed(records) if r.train_loss is not None), math.inf)

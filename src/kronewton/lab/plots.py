@@ -1,0 +1,160 @@
+"""Pictures: loss against steps and against seconds, K-FAC in front."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+import matplotlib
+
+matplotlib.use("Agg")  # before pyplot: no window, whatever the machine
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kronewton.errors import DataError
+from kronewton.lab.contest import Board, Plan
+from kronewton.lab.tasks import Task
+from kronewton.lab.training import Record
+
+# Okabe and Ito's colours, which stay apart for the colour-blind; grey for the plainest method.
+COLOURS = {
+    "kfac": "#D55E00",
+    "sgd": "#8C8C8C",
+    "adam": "#56B4E9",
+    "adamw": "#0072B2",
+    "lbfgs": "#000000",
+    "soap": "#009E73",
+    "shampoo": "#CC79A7",
+    "muon": "#E69F00",
+}
+INK = "#333333"
+LEAST = 1e-16  # what a log axis shows of a loss at its floor
+
+
+def contest_plot(plan: Plan, raced: Board, path: Path) -> None:
+    """Training loss of every rival against steps and against seconds, medians and ranges."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
+    for rival in plan.rivals:
+        runs = [rs for lane, rs in raced.items() if lane.rival == rival.name]
+        points = _median_curve([[r for r in rs if r.train_loss is not None] for rs in runs])
+        if points:
+            _draw(axes, points, rival.name, rival.label)
+    for ax in axes:
+        _dress(ax)
+        ax.axhline(plan.target, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    axes[0].annotate(
+        f"target {plan.target:g}",
+        (0, plan.target),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, -10),
+        textcoords="offset points",
+        fontsize=8,
+        color=INK,
+    )
+    axes[0].set(xlabel="steps", ylabel=f"training loss ({plan.task.unit})", xlim=(0, None))
+    axes[1].set(xlabel="seconds of training", xlim=(0, _seconds_shown(plan, raced)))
+    axes[1].legend(frameon=False, fontsize=9, loc="upper right")
+    seeds = f"median and range of {len(plan.seeds)} seeds" if len(plan.seeds) > 1 else "one seed"
+    _title(figure, plan.task, f"each rival at its best setting, {seeds}")
+    _save(figure, path)
+
+
+def run_plot(task: Task, label: str, name: str, records: Sequence[Record], path: Path) -> None:
+    """One run: its losses above, what the optimizer chose below."""
+    figure, axes = plt.subplots(2, 1, figsize=(8, 6.4), sharex=True, layout="constrained")
+    seen = [r for r in records if r.train_loss is not None]
+    steps = [r.step for r in records]
+    colour = COLOURS[name]
+    if task.batch_size is not None:
+        losses = [max(r.loss, LEAST) for r in records]
+        axes[0].plot(steps, losses, color=colour, alpha=0.35, linewidth=0.8, label="batch")
+    for key, style in (("train_loss", "-"), ("test_loss", "--")):
+        values = [max(getattr(r, key), LEAST) for r in seen]
+        axes[0].plot([r.step for r in seen], values, style, color=colour, label=key.split("_")[0])
+    axes[0].set(ylabel=task.unit)
+    _choices(axes[1], records)
+    for ax in axes:
+        _dress(ax)
+        ax.legend(frameon=False, fontsize=9)
+    axes[1].set(xlabel="steps")
+    _title(figure, task, label)
+    _save(figure, path)
+
+
+def _median_curve(
+    runs: Sequence[Sequence[Record]],
+) -> list[tuple[int, float, float, float, float]]:
+    """(step, median seconds, median, least, greatest loss) where every run was evaluated."""
+    points = []
+    for rows in zip(*runs, strict=False):
+        losses = [max(r.train_loss or LEAST, LEAST) for r in rows]
+        if len({r.step for r in rows}) == 1 and all(map(math.isfinite, losses)):
+            seconds = median(r.seconds for r in rows)
+            points.append((rows[0].step, seconds, median(losses), min(losses), max(losses)))
+    return points
+
+
+def _draw(
+    axes: Sequence[Axes],
+    points: list[tuple[int, float, float, float, float]],
+    name: str,
+    label: str,
+) -> None:
+    steps, seconds, middle, low, high = zip(*points, strict=True)
+    front = name == "kfac"
+    for ax, x in zip(axes, (steps, seconds), strict=True):
+        ax.fill_between(x, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
+        ax.plot(
+            x,
+            middle,
+            color=COLOURS[name],
+            linewidth=2.8 if front else 1.5,
+            zorder=5 if front else 3,
+            label=label,
+        )
+
+
+def _choices(ax: Axes, records: Sequence[Record]) -> None:
+    """Learning rate, momentum and damping where they are positive, on one log axis."""
+    colours = {"lr": "#0072B2", "momentum": "#009E73", "damping": "#CC79A7"}
+    for key, colour in colours.items():
+        pairs = [(r.step, r.settings[key]) for r in records if r.settings.get(key, 0.0) > 0]
+        if pairs:
+            ax.plot(*zip(*pairs, strict=True), color=colour, linewidth=1.2, label=key)
+
+
+def _seconds_shown(plan: Plan, raced: Board) -> float:
+    """Where the clock's axis ends: slower rivals run out of the picture, not the others into it."""
+    ends = [
+        median(rs[-1].seconds for lane, rs in raced.items() if lane.rival == rival.name and rs)
+        for rival in plan.rivals
+        if any(rs for lane, rs in raced.items() if lane.rival == rival.name)
+    ]
+    return min(max(ends), 3 * median(ends)) if ends else 1.0
+
+
+def _dress(ax: Axes) -> None:
+    ax.set_yscale("log")
+    ax.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color("#999999")
+    ax.tick_params(colors=INK, labelsize=9)
+
+
+def _title(figure: Figure, task: Task, below: str) -> None:
+    figure.suptitle(f"{task.described()}\n{below}", x=0.01, ha="left", fontsize=10, color=INK)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise DataError(
+            f"{path} can't be written ({error.strerror}); name another --out."
+        ) from error
+    finally:
+        plt.close(figure)

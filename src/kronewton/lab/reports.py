@@ -1,0 +1,313 @@
+"""What the runs say: tables, one sentence, and the same as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from kronewton.errors import DataError
+from kronewton.lab.contest import Board, Plan, best_setting, final_loss, first_below
+from kronewton.lab.rivals import Rival, describe
+from kronewton.lab.training import Record
+
+KFAC = "kfac"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, least and greatest over the seeds; infinite where a run never got there."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """One rival at its best setting. The ratios are its medians over K-FAC's."""
+
+    rival: str
+    label: str
+    setting: str
+    tried: int
+    seeds: int
+    reached: int
+    steps: Spread
+    seconds: Spread
+    step_ratio: float | None
+    second_ratio: float | None
+    step_milliseconds: float
+    final: Spread
+    lowest_in_grid: float
+    test: float
+    metric: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A contest in numbers, with what they depend on."""
+
+    task: str
+    unit: str
+    target: float
+    seeds: tuple[int, ...]
+    steps: int
+    seconds: float
+    device: str
+    threads: int
+    metric: str | None
+    lines: tuple[Line, ...]
+
+
+def summarise(plan: Plan, tuned: Board, raced: Board) -> Report:
+    """One line per rival that ran, the first to reach the target on top."""
+    found = [_line(plan, rival, tuned, raced) for rival in plan.rivals]
+    lines = _with_ratios([line for line in found if line is not None])
+    return Report(
+        task=plan.task.described(),
+        unit=plan.task.unit,
+        target=plan.target,
+        seeds=plan.seeds,
+        steps=plan.budget.steps,
+        seconds=plan.budget.seconds,
+        device=str(plan.device),
+        threads=torch.get_num_threads(),
+        metric=plan.task.metric.name if plan.task.metric else None,
+        lines=tuple(sorted(lines, key=lambda line: (line.seconds.median, line.final.median))),
+    )
+
+
+def _line(plan: Plan, rival: Rival, tuned: Board, raced: Board) -> Line | None:
+    runs = [records for lane, records in raced.items() if lane.rival == rival.name and records]
+    if not runs:
+        return None
+    firsts = [first_below(records, plan.target) for records in runs]
+    grid = [final_loss(records) for lane, records in tuned.items() if lane.rival == rival.name]
+    finals = [final_loss(records) for records in runs]
+    return Line(
+        rival=rival.name,
+        label=rival.label,
+        setting=describe(plan.settings(rival)[best_setting(plan, rival, tuned)]),
+        tried=len(plan.settings(rival)),
+        seeds=len(runs),
+        reached=sum(first is not None for first in firsts),
+        steps=_spread(math.inf if first is None else first.step for first in firsts),
+        seconds=_spread(math.inf if first is None else first.seconds for first in firsts),
+        step_ratio=None,
+        second_ratio=None,
+        step_milliseconds=median(1e3 * records[-1].seconds / records[-1].step for records in runs),
+        final=_spread(finals),
+        lowest_in_grid=min([*grid, *finals]),
+        test=_last(runs, lambda record: record.test_loss),
+        metric=_last(runs, lambda record: record.metric) if plan.task.metric else None,
+    )
+
+
+def _spread(values: Iterable[float]) -> Spread:
+    ordered = sorted(values)
+    return Spread(median(ordered), ordered[0], ordered[-1])
+
+
+def _last(runs: Sequence[Sequence[Record]], of: Callable[[Record], float | None]) -> float:
+    """The median over runs of a value at their last evaluation."""
+    values = [[v for v in map(of, records) if v is not None] for records in runs]
+    return median(v[-1] if v else math.nan for v in values)
+
+
+def _with_ratios(lines: list[Line]) -> list[Line]:
+    base = next((line for line in lines if line.rival == KFAC), None)
+    if base is None or math.isinf(base.steps.median):
+        return lines
+    return [
+        Line(
+            **{
+                **vars(line),
+                "step_ratio": line.steps.median / base.steps.median,
+                "second_ratio": line.seconds.median / base.seconds.median,
+            }
+        )
+        for line in lines
+    ]
+
+
+def contest_tables(report: Report) -> Group:
+    """How soon each rival got there, and how it stood at the end; K-FAC in bold."""
+    name = report.task.split(":")[0]
+    soon = _table(f"{name}: to a training loss of {report.target:g}")
+    for head in ("optimizer", "best setting", "tried", "steps", "ratio", "seconds", "ratio"):
+        soon.add_column(head, justify="left" if head in ("optimizer", "best setting") else "right")
+    end = _table(f"{name}: at the end of {_limit(report)}")
+    heads = ["optimizer", "ms/step", "training loss", "lowest in grid", "test loss"]
+    for head in heads + ([report.metric] if report.metric else []):
+        end.add_column(head, justify="left" if head == "optimizer" else "right")
+    for line in report.lines:
+        style = "bold" if line.rival == KFAC else ""
+        soon.add_row(*_soon(line), style=style)
+        end.add_row(*_end(line), style=style)
+    return Group(soon, end, Text(_conditions(report)))
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+
+
+def _soon(line: Line) -> list[str]:
+    return [
+        line.label,
+        line.setting,
+        str(line.tried),
+        _range(line.steps, "{:.0f}".format),
+        _ratio(line.step_ratio),
+        _range(line.seconds, "{:.2g}".format),
+        _ratio(line.second_ratio),
+    ]
+
+
+def _end(line: Line) -> list[str]:
+    cells = [
+        line.label,
+        f"{line.step_milliseconds:.2g}",
+        _range(line.final, _number),
+        _number(line.lowest_in_grid),
+        _number(line.test),
+    ]
+    return cells + ([] if line.metric is None else [f"{100 * line.metric:.1f} %"])
+
+
+def _limit(report: Report) -> str:
+    return f"{report.steps} steps" if math.isinf(report.seconds) else f"{report.seconds:g} s"
+
+
+def _conditions(report: Report) -> str:
+    return (
+        f"Losses are {report.unit}. Median [range] over seeds {', '.join(map(str, report.seeds))}; "
+        f"each rival tuned on seed {report.seeds[0]} for the fewest steps, or else for the lowest "
+        "training loss. Ratio: to K-FAC's. Seconds are of training alone, "
+        f"{report.device}, {report.threads} thread{'s' if report.threads > 1 else ''}."
+    )
+
+
+def _range(spread: Spread, show: Callable[[float], str]) -> str:
+    if math.isinf(spread.median):
+        return "never"
+    text = show(spread.median)
+    if spread.low == spread.high:
+        return text
+    high = "never" if math.isinf(spread.high) else show(spread.high)
+    return f"{text} [{show(spread.low)}–{high}]"
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None or math.isinf(value) else f"{value:.2f}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.2g}" if math.isfinite(value) else "diverged"
+
+
+def verdict(report: Report) -> str:
+    """What the numbers say about K-FAC in a sentence or two, for better or worse."""
+    kfac = next((line for line in report.lines if line.rival == KFAC), None)
+    name = report.task.split(":")[0]
+    goal = f"a training loss of {report.target:g}"
+    others = [line for line in report.lines if line.rival != KFAC]
+    done = [line for line in others if math.isfinite(line.steps.median)]
+    if kfac is None:
+        first = min(others, key=lambda line: (line.steps.median, line.final.median))
+        return f"On {name}, {first.label} is first of {len(others)} by steps; K-FAC did not run."
+    if math.isinf(kfac.steps.median):
+        who = ", ".join(line.label for line in done) or "none"
+        return (
+            f"On {name}, K-FAC does not reach {goal} (it ends at {_number(kfac.final.median)}); "
+            f"those that do: {who}."
+        )
+    opening = (
+        f"On {name}, K-FAC with nothing set reaches {goal} in {kfac.steps.median:.0f} steps and "
+        f"{kfac.seconds.median:.2g} s (medians over {kfac.seeds} seeds)"
+    )
+    if not done:
+        rest = f"; of {len(others)} tuned rivals none does." if others else "."
+        return opening + rest
+    steps = _standing(done, "steps", lambda line: line.step_ratio)
+    seconds = _standing(done, "seconds", lambda line: line.second_ratio)
+    return f"{opening}. {steps} {seconds}"
+
+
+def _standing(done: Sequence[Line], unit: str, of: Callable[[Line], float | None]) -> str:
+    best = min(done, key=lambda line: of(line) or math.inf)
+    ratio = of(best) or math.inf
+    if ratio > 1:
+        return f"It is first by {unit}: {best.label}, the next, takes {ratio:.2g} times as many."
+    if ratio == 1:
+        return f"By {unit} it is level with {best.label}."
+    return f"By {unit} it is behind: {best.label} takes {ratio:.2g} times as many."
+
+
+def curves(raced: Board) -> list[dict[str, Any]]:
+    """The evaluated records of every run, for a file."""
+    return [
+        {**asdict(lane), "records": [r for r in records if r.train_loss is not None or r.diverged]}
+        for lane, records in raced.items()
+    ]
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write dataclasses and plain values as one JSON document; what is not finite becomes null."""
+    _write(path, json.dumps(_plain(value), indent=1, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: Path, values: Iterable[object]) -> None:
+    """Write one JSON document a line."""
+    _write(path, "".join(json.dumps(_plain(value)) + "\n" for value in values))
+
+
+def read_records(path: Path, until: int) -> list[Record]:
+    """The records of a run up to a step, from the lines that `write_lines` left."""
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        records = [_record(line) for line in lines]
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{path} is missing or damaged, and --resume needs it; train again without --resume."
+        ) from error
+    return [record for record in records if record.step <= until]
+
+
+def _record(line: dict[str, Any]) -> Record:
+    return Record(**{**line, "loss": math.nan if line["loss"] is None else line["loss"]})
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)  # whole or not at all
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(
+            f"{path} can't be written ({error.strerror}); name another file."
+        ) from error
+
+
+def _plain(value: object) -> object:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {key: _plain(item) for key, item in vars(value).items()}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

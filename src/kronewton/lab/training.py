@@ -1,0 +1,183 @@
+"""One loop for every optimizer: the user's own, with a clock around the step and nothing else."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+import kronewton as kn
+from kronewton.errors import OptionError
+from kronewton.lab.rivals import Rival, Setting
+from kronewton.lab.tasks import Examples, Problem, Task
+
+Key = TypeVar("Key", bound=Hashable)
+# What an optimizer raises on numbers that have gone: the run has diverged, the program is well.
+BROKEN = (ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A task, a model at some weights and the optimizer that trains it."""
+
+    task: Task
+    problem: Problem
+    rival: Rival
+    setting: Setting
+    seed: int
+    optimizer: Optimizer
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Where a run ends, by steps or by seconds of training, and how often it is evaluated."""
+
+    steps: int
+    seconds: float = math.inf
+    every: int = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One step. Losses are in the task's unit; those of the whole sets only when evaluated.
+
+    seconds: training since the first step, evaluation excluded. settings: learning rate,
+    momentum, damping and what else the optimizer tells.
+    """
+
+    step: int
+    seconds: float
+    loss: float
+    settings: Mapping[str, float] = field(default_factory=dict)
+    train_loss: float | None = None
+    test_loss: float | None = None
+    metric: float | None = None
+    diverged: bool = False
+
+
+def start(task: Task, rival: Rival, setting: Setting, seed: int, device: torch.device) -> Run:
+    """A run before its first step. Raises OptionError if the batch is larger than the data."""
+    problem = task.build(seed, device)
+    if task.batch_size is not None and not 1 <= task.batch_size <= len(problem.train):
+        raise OptionError(
+            f"a batch of {task.batch_size} was asked for; {task.name} has {len(problem.train)} "
+            "training examples: give --batch-size a number from 1 to that, or leave it out."
+        )
+    optimizer = rival.build(problem.model, problem.criterion, setting, task.scale)
+    return Run(task, problem, rival, setting, seed, optimizer)
+
+
+def train(run: Run, budget: Budget, last: Record | None = None) -> Iterator[Record]:
+    """Step until the budget is spent or the loss is no number, from `last` if there is one."""
+    step, seconds = (0, 0.0) if last is None else (last.step, last.seconds)
+    diverged = last is not None and last.diverged
+    while step < budget.steps and seconds < budget.seconds and not diverged:
+        x, y = _batch(run, step)
+        began = _clock(x.device)
+        loss = _step(run, x, y)
+        seconds += _clock(x.device) - began
+        step += 1
+        record = _record(run, step, seconds, loss, due=_due(budget, step, seconds))
+        diverged = record.diverged
+        yield record
+
+
+def interleave(runs: Mapping[Key, Iterator[Record]], chunk: int) -> Iterator[tuple[Key, Record]]:
+    """Advance several runs in turn, so that what else the machine does falls on all of them."""
+    alive = dict(runs)
+    while alive:
+        for key in list(alive):
+            taken = 0
+            for record in islice(alive[key], chunk):
+                taken += 1
+                yield key, record
+            if taken < chunk:
+                del alive[key]
+
+
+def evaluate(run: Run, data: Examples) -> tuple[float, float | None]:
+    """The criterion's loss on a whole set, and the task's metric if it has one."""
+    model, metric = run.problem.model, run.task.metric
+    model.eval()
+    with torch.no_grad():
+        output = model(data.x)
+        loss = float(run.problem.criterion(output, data.y))
+    model.train()
+    return loss, None if metric is None else metric.of(output, data.y)
+
+
+def _step(run: Run, x: Tensor, y: Tensor) -> float:
+    """The user's loop body. Not a number if the optimizer gave up on this batch."""
+    model, criterion, optimizer = run.problem.model, run.problem.criterion, run.optimizer
+
+    def backward() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = criterion(model(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    try:
+        if run.rival.closure:
+            return optimizer.step(lambda: float(backward()))
+        loss = backward()
+        optimizer.step()
+    except BROKEN:
+        return math.nan
+    return float(loss)
+
+
+def _batch(run: Run, step: int) -> tuple[Tensor, Tensor]:
+    """The batch of a step, a function of the seed and the step alone: resuming needs no state."""
+    data, size = run.problem.train, run.task.batch_size
+    if size is None:
+        return data.x, data.y
+    epoch, position = divmod(step, len(data) // size)
+    generator = torch.Generator().manual_seed(1_000_003 * run.seed + epoch)
+    order = torch.randperm(len(data), generator=generator)  # the last, partial batch is left out
+    rows = order[position * size : (position + 1) * size].to(data.x.device)
+    return data.x[rows], data.y[rows]
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _due(budget: Budget, step: int, seconds: float) -> bool:
+    last = step == budget.steps or seconds >= budget.seconds
+    return last or step == 1 or step % budget.every == 0
+
+
+def _record(run: Run, step: int, seconds: float, loss: float, due: bool) -> Record:
+    task, floor = run.task, run.problem.floor
+    shown, settings = task.shown(loss, floor), _settings(run.optimizer)
+    if not math.isfinite(loss):
+        return Record(step, seconds, shown, settings, diverged=True)
+    if not due:
+        return Record(step, seconds, shown, settings)
+    train_loss, _ = evaluate(run, run.problem.train)
+    test_loss, metric = evaluate(run, run.problem.test)
+    return Record(
+        step,
+        seconds,
+        shown,
+        settings,
+        train_loss=task.shown(train_loss, floor),
+        test_loss=task.shown(test_loss),
+        metric=metric,
+        diverged=not math.isfinite(train_loss),
+    )
+
+
+def _settings(optimizer: Optimizer) -> dict[str, float]:
+    if isinstance(optimizer, kn.KFAC):
+        return {name: float(value) for name, value in optimizer.diagnostics().items()}
+    return {"lr": float(optimizer.param_groups[0]["lr"])}

@@ -1,0 +1,61 @@
+"""What the library must know about a kind of layer, and nothing more."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+class Kind(ABC):
+    """One kind of layer: its rows a and b, its weight as a matrix and back."""
+
+    name: str
+
+    @abstractmethod
+    def input_rows(self, layer: Layer, inputs: Tensor) -> Tensor:
+        """The layer's input as rows a (N, S, d_in), the bias entry included."""
+
+    @abstractmethod
+    def output_rows(self, layer: Layer, gradients: Tensor) -> Tensor:
+        """Gradients in the layer's output as rows b (N, S, d_out)."""
+
+    @abstractmethod
+    def matrix(self, layer: Layer, tensors: dict[str, Tensor]) -> Tensor:
+        """Tensors shaped like the layer's trained parameters, as one matrix (d_out, d_in)."""
+
+    @abstractmethod
+    def split(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
+        """The inverse of `matrix`: views, one for each trained parameter."""
+
+    @abstractmethod
+    def refusal(self, module: nn.Module) -> str:
+        """Why this module cannot be covered, in a few words; empty if it can."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A module of the model that a kind covers, and which of its parameters are trained."""
+
+    name: str
+    module: nn.Module
+    kind: Kind
+    trained: tuple[str, ...]  # in the module's own names: ("weight", "bias")
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The trained parameters, looked up now: wrappers may have replaced them."""
+        return {name: getattr(self.module, name) for name in self.trained}
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """A tensor (N, *positions, d), or (d,) without a batch, as (N, S, d)."""
+    if tensor.dim() == 1:
+        return tensor.reshape(1, 1, -1)
+    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
+
+
+def with_bias_entry(rows: Tensor) -> Tensor:
+    """Append the constant 1 that multiplies the bias: (N, S, d) to (N, S, d + 1)."""
+    return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], dim=-1)

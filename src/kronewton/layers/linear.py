@@ -1,0 +1,44 @@
+"""`nn.Linear`: W is the matrix, the bias its last column."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kronewton.layers.base import Kind, Layer, rows_of, with_bias_entry
+
+
+class LinearKind(Kind):
+    """y = W a + bias for inputs of any leading shape (N, *positions, d_in)."""
+
+    name = "linear"
+
+    def input_rows(self, layer: Layer, inputs: Tensor) -> Tensor:
+        rows = rows_of(inputs)
+        if "weight" not in layer.trained:
+            return rows.new_ones(*rows.shape[:-1], 1)
+        return with_bias_entry(rows) if "bias" in layer.trained else rows
+
+    def output_rows(self, layer: Layer, gradients: Tensor) -> Tensor:
+        return rows_of(gradients)
+
+    def matrix(self, layer: Layer, tensors: dict[str, Tensor]) -> Tensor:
+        parts = [
+            tensors[name] if name == "weight" else tensors[name].unsqueeze(1)
+            for name in layer.trained
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def split(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
+        if layer.trained == ("weight",):
+            return {"weight": matrix}
+        if layer.trained == ("bias",):
+            return {"bias": matrix[:, 0]}
+        return {"weight": matrix[:, :-1], "bias": matrix[:, -1]}
+
+    def refusal(self, module: nn.Module) -> str:
+        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+            return "its forward is not that of nn.Linear"
+        if not all(isinstance(p, Tensor) and p.is_floating_point() for p in module.parameters()):
+            return "its parameters are not real floating-point numbers"
+        return ""

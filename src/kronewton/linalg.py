@@ -1,0 +1,91 @@
+"""Pure tensor mathematics on symmetric matrices and Kronecker products that are never formed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kronewton.errors import NotPositiveDefinite
+
+JITTERS = (0.0, 1e-9, 1e-7, 1e-5, 1e-3)  # added to the diagonal, relative to its mean
+
+
+def second_moment(rows: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Sum of weighted outer products of rows: (…, d) with weights (…) gives (d, d)."""
+    flat = rows.reshape(-1, rows.shape[-1])  # (n, d)
+    if weights is None:
+        return flat.T @ flat
+    return flat.T @ (flat * weights.reshape(-1, 1))
+
+
+def kronecker_apply(B: Tensor, A: Tensor, G: Tensor) -> Tensor:
+    """(B ⊗ A) vec(G) as a matrix, for symmetric A (d_in, d_in): B G A."""
+    # The thinner product first: it is the cheaper order and the same number.
+    if G.shape[0] <= G.shape[1]:
+        return (B @ G) @ A
+    return B @ (G @ A)
+
+
+def damped_inverse(matrix: Tensor, damping: Tensor | float, name: str) -> Tensor:
+    """Inverse of matrix + damping·I for a positive semi-definite matrix (d, d).
+
+    Cholesky in the given precision, then in float64 with a growing jitter on the diagonal.
+    Raises NotPositiveDefinite, naming the factor, if none of them is positive definite.
+    """
+    factor, info = torch.linalg.cholesky_ex(_with_diagonal(matrix, damping))
+    if int(info) == 0:
+        inverse = torch.cholesky_inverse(factor)
+        if bool(torch.isfinite(inverse.diagonal()).all()):
+            return inverse
+    return _careful_inverse(matrix, damping, name)
+
+
+def _careful_inverse(matrix: Tensor, damping: Tensor | float, name: str) -> Tensor:
+    _require_finite(matrix, name)
+    wide = matrix.double()
+    mean = wide.diagonal().mean().abs().clamp_min(torch.finfo(torch.float64).tiny)
+    for jitter in JITTERS:
+        factor, info = torch.linalg.cholesky_ex(_with_diagonal(wide, damping + jitter * mean))
+        if int(info) == 0:
+            inverse = torch.cholesky_inverse(factor).to(matrix.dtype)
+            if bool(torch.isfinite(inverse).all()):
+                return inverse
+    raise NotPositiveDefinite(
+        f"{name} ({matrix.shape[0]}×{matrix.shape[0]}) could not be inverted even with "
+        f"{JITTERS[-1]:g} of its mean diagonal added; raise `damping` or use basis='eigen'."
+    )
+
+
+def symmetric_eigen(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Eigenvalues s (d,), ascending and not below zero, and eigenvectors U (d, d) as columns.
+
+    Retries in float64 if LAPACK gives up. Raises NotPositiveDefinite, naming the factor, if the
+    matrix is not finite or no attempt converges.
+    """
+    for attempt in (matrix, matrix.double()):
+        try:
+            s, U = torch.linalg.eigh(attempt)
+        except RuntimeError:  # LinAlgError derives from it; MKL and cuSOLVER raise either
+            _require_finite(matrix, name)
+            continue
+        if bool(torch.isfinite(s).all()):
+            return s.clamp_min(0).to(matrix.dtype), U.to(matrix.dtype)
+    _require_finite(matrix, name)
+    raise NotPositiveDefinite(
+        f"the eigendecomposition of {name} did not converge; "
+        "use basis='factored' or train this layer in float64."
+    )
+
+
+def _with_diagonal(matrix: Tensor, value: Tensor | float) -> Tensor:
+    out = matrix.clone()
+    out.diagonal().add_(value)
+    return out
+
+
+def _require_finite(matrix: Tensor, name: str) -> None:
+    if not bool(torch.isfinite(matrix).all()):
+        raise NotPositiveDefinite(
+            f"{name} holds values that are not finite: the batch, the model's output or a "
+            "gradient had NaN or infinity in it; check the data and the loss of the last steps."
+        )

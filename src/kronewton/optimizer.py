@@ -1,0 +1,439 @@
+"""`KFAC`: the order of the calls, and the state."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kronewton.capture import Fisher, Part, Watcher
+from kronewton.coverage import Coverage, Row
+from kronewton.curvature import Curvature, by_layer, due, due_in_turn
+from kronewton.errors import CriterionError, KronewtonWarning, ModelError, StateError
+from kronewton.layers import Layer, find_layers
+from kronewton.options import AUTO, Options, check_criterion
+from kronewton.planner import Plan, Planner
+from kronewton.replay import Replayer
+from kronewton.state import PREFIX, planner_scalars, read_scalars, restore_planner, scalars, split
+
+DECAY_UNIT = 1e-3  # weight decay of an automatic step: AdamW's at its usual learning rate
+
+
+class KFAC(Optimizer):
+    """K-FAC with learning rate, momentum and damping that choose themselves.
+
+    Pass the model and the loss module that you call; the training loop stays as it is. A step is
+    `lr·d + momentum·(previous step)` with d = −(B ⊗ A + damping·I)⁻¹ g for each covered layer.
+    "auto" takes lr and momentum from the minimum of the batch's exact quadratic model on these two
+    directions (Martens & Grosse 2015, section 7) and the damping from how well that model predicts.
+
+    lr, momentum, damping: a number ≥ 0 fixes what "auto" chooses; damping has the units of the
+        loss. With lr="auto", a group's `lr` starts at 1 and multiplies the automatic one, so that
+        torch's schedulers work in both cases.
+    weight_decay: decoupled, `lr·weight_decay` per step; lr counts as 1e-3 where it is automatic.
+    trust_region: ½Δ'CΔ of a step Δ is at most this multiple of the loss ("auto": 1), or None.
+    fisher: "sampled" (draws of the model's own predictions), "exact" (one backward pass for each
+        output) or "empirical" (the training gradients; the only one without a criterion).
+    sharing: how a weight used at several positions is approximated: "expand" or "reduce".
+    basis: "factored" (π-damped factors), "eigen" ((B ⊗ A + damping·I)⁻¹ exactly) or "corrected"
+        (the same with the exact block's diagonal in that basis, EKFAC).
+    factor_every, inverse_every: steps between renewals; adapt_every: between damping decisions.
+    factor_decay: weight of the running factors against one new batch.
+    draws: backward passes for "sampled". seed: of the draws' own random generator.
+    fallback_lr: of the AdamW that trains parameters of uncovered kinds, see `coverage()`.
+    strict: refuse a model that needs the fallback.
+
+    Raises OptionError, ModelError, CriterionError, UnsupportedError; see kronewton.errors.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        criterion: nn.Module | None = None,
+        *,
+        model: nn.Module | None = None,
+        lr: float | str = AUTO,
+        momentum: float | str = AUTO,
+        damping: float | str = AUTO,
+        weight_decay: float = 0.0,
+        trust_region: float | str | None = AUTO,
+        fisher: str = "sampled",
+        sharing: str = "expand",
+        basis: str = "factored",
+        refine: int = 0,
+        factor_every: int = 5,
+        inverse_every: int = 20,
+        adapt_every: int = 5,
+        factor_decay: float = 0.95,
+        draws: int = 1,
+        fallback_lr: float = 1e-3,
+        strict: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.options = Options(
+            lr, momentum, damping, weight_decay, trust_region, fisher, sharing, basis, refine,
+            factor_every, inverse_every, adapt_every, factor_decay, draws, fallback_lr, strict,
+            seed,
+        )  # fmt: skip
+        check_criterion(criterion, fisher)
+        if isinstance(params, nn.Module):
+            model, params = params, [p for p in params.parameters() if p.requires_grad]
+        first_lr = 1.0 if isinstance(lr, str) else lr
+        groups = _checked(params, model)
+        super().__init__(groups, {"lr": first_lr, "weight_decay": weight_decay})
+        self._watch(model, criterion)
+        if strict and self.coverage().covered < 1:
+            raise ModelError(
+                "strict=True, and these parameters would get the AdamW fallback: "
+                + "; ".join(f"{r.parameter} ({r.why})" for r in self.coverage().rows if r.why)
+                + ". Freeze them, train them with another optimizer, or leave out strict."
+            )
+
+    def _watch(self, model: nn.Module | None, criterion: nn.Module | None) -> None:
+        """Find the layers to cover, hook them, and start with no curvature known."""
+        all_parameters = [p for group in self.param_groups for p in group["params"]]
+        ids = {id(p) for p in all_parameters}
+        layers, self._reasons = find_layers(model, ids) if model is not None else ([], {})
+        covered = {id(p) for layer in layers for p in layer.parameters().values()}
+        self._names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
+        self._layers: list[Layer] = layers
+        self._parameters = [p for p in all_parameters if id(p) in covered]
+        self._place = {id(p): i for i, p in enumerate(self._parameters)}
+        self._all = all_parameters
+        options = self.options
+        self._generator = torch.Generator(all_parameters[0].device)
+        self._generator.manual_seed(options.seed)
+        mode = options.fisher if criterion is not None else "empirical"
+        self._fisher = Fisher(mode, options.draws, self._generator)
+        self._curvature = Curvature(layers, options.basis, options.factor_decay)
+        self._watcher: Watcher | None = None
+        self._planner: Planner | None = None
+        if model is not None and layers:
+            replays = options.any_automatic
+            self._watcher = Watcher(
+                model, criterion, layers, self._fisher, options.sharing, replays
+            )
+            self._planner = Planner(
+                options,
+                self._curvature,
+                Replayer(model, self._parameters),
+                self._watcher.paused,
+                self._direction,
+            )
+        self._fallback = self._make_fallback([p for p in all_parameters if id(p) not in covered])
+        self._previous: list[Tensor] | None = None
+        self._plan: Plan | None = None
+        self._steps = self._skipped = 0
+        self._said: set[str] = set()
+
+    def _make_fallback(self, parameters: list[Tensor]) -> torch.optim.AdamW | None:
+        if not parameters:
+            return None
+        decay = {id(p): g["weight_decay"] for g in self.param_groups for p in g["params"]}
+        groups = [{"params": [p], "weight_decay": decay[id(p)]} for p in parameters]
+        return torch.optim.AdamW(groups, lr=self.options.fallback_lr)
+
+    # The step.
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Make one step from the gradients and what was watched since the last one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if all(p.grad is None for p in self._all):
+            return loss
+        if self._watcher is not None and any(p.grad is not None for p in self._parameters):
+            assert self._planner is not None
+            self._step_covered(self._watcher, self._planner)
+        if self._fallback is not None:
+            self._step_fallback(self._fallback)
+        return loss
+
+    def _step_covered(self, watcher: Watcher, planner: Planner) -> None:
+        parts = self._required(watcher)
+        planner.look_back(parts)
+        seen = by_layer((part.statistics, part.weight) for part in parts)
+        self._curvature.learn(seen)
+        gradient = [_gradient(p) for p in self._parameters]
+        if planner.settings is None:
+            planner.settings = planner.first_settings(parts, gradient)
+        names = due_in_turn(self._steps, self.options.inverse_every, list(self._curvature.layers))
+        self._curvature.refresh(names, planner.settings.inverse_damping, seen)
+        plan = planner.plan(self._steps, parts, gradient, self._previous)
+        if plan is None:
+            self._skip()
+        else:
+            self._plan = plan
+            self._move(plan)
+            if not planner.judge(self._steps, parts, plan):
+                self._take_back()
+        self._steps += 1
+        watcher.capturing = due(self._steps, self.options.factor_every)
+
+    def _required(self, watcher: Watcher) -> list[Part]:
+        """The parts of this step, or a sentence that says why there is none."""
+        criterion, foreign, capturing = watcher.criterion, watcher.foreign, watcher.capturing
+        parts, twice = watcher.collect()
+        if twice:
+            self._warn(
+                f"{type(criterion).__name__} was called more than once on the same output, and "
+                "each call's loss was differentiated: gradient and curvature count every call, "
+                "weighted as you weighted its loss. If one was only meant for logging, call it "
+                "under torch.no_grad()."
+            )
+        if parts or (criterion is None and not capturing):
+            return parts
+        if criterion is None:
+            raise CriterionError(
+                "step() found gradients, but no watched layer was run forward and backward since "
+                "the last step. Run the model that was given to KFAC before each step."
+            )
+        name = type(criterion).__name__
+        if foreign:
+            raise CriterionError(
+                f"{name} was called on an output that no watched layer of the model leads to. "
+                "Call it on what the model that was given to KFAC returns, or give KFAC that model."
+            )
+        raise CriterionError(
+            f"step() found gradients, but the watched {name} was not called on the model's output, "
+            "or its loss was not differentiated. Compute the loss with the very module that was "
+            "given to KFAC; for a loss that is computed otherwise pass criterion=None, or call "
+            "optimizer.observe(output, target, criterion) before backward()."
+        )
+
+    def _direction(self, damping: float) -> list[Tensor]:
+        """d = −(B ⊗ A + damping·I)⁻¹ g, times the group's lr, for every covered parameter."""
+        found = [torch.empty(0)] * len(self._parameters)
+        scale = {id(p): g["lr"] for g in self.param_groups for p in g["params"]}
+        for layer in self._layers:
+            parameters = layer.parameters()
+            tensors = {name: _gradient(p) for name, p in parameters.items()}
+            G = layer.kind.matrix(layer, tensors)  # (d_out, d_in)
+            D = self._curvature.apply(layer.name, G, damping)
+            for name, tensor in layer.kind.split(layer, D).items():
+                p = parameters[name]
+                found[self._place[id(p)]] = tensor.to(p.dtype).mul(-scale[id(p)])
+        return found
+
+    def _move(self, plan: Plan) -> None:
+        """Δ = lr·d + momentum·Δ_previous, after the weight decay."""
+        self._decay()
+        if self._previous is None:
+            self._previous = list(torch._foreach_mul(plan.direction, plan.lr))
+        else:
+            torch._foreach_mul_(self._previous, plan.momentum)
+            torch._foreach_add_(self._previous, plan.direction, alpha=plan.lr)
+        torch._foreach_add_(self._parameters, self._previous)
+
+    def _take_back(self) -> None:
+        if self._previous is not None:
+            torch._foreach_sub_(self._parameters, self._previous)
+        self._previous = None
+
+    def _decay(self) -> None:
+        for group in self.param_groups:
+            if group["weight_decay"]:
+                unit = DECAY_UNIT if self.options.lr == AUTO else 1.0
+                factor = 1 - group["lr"] * unit * group["weight_decay"]
+                for p in group["params"]:
+                    if id(p) in self._place and p.grad is not None:
+                        p.mul_(factor)
+
+    def _skip(self) -> None:
+        self._skipped += 1
+        self._warn(
+            "a step was skipped: the loss, a gradient or the curvature was not finite. The weights "
+            "are as they were. Look for NaN or infinity in the batch; diagnostics()['skipped'] "
+            "counts such steps."
+        )
+
+    def _step_fallback(self, fallback: torch.optim.AdamW) -> None:
+        first = 1.0 if isinstance(self.options.lr, str) else self.options.lr or 1.0
+        factor = {id(p): g["lr"] / first for g in self.param_groups for p in g["params"]}
+        for group in fallback.param_groups:
+            group["lr"] = self.options.fallback_lr * factor[id(group["params"][0])]
+        grads = [p.grad for g in fallback.param_groups for p in g["params"] if p.grad is not None]
+        if grads and bool(torch.isfinite(torch.stack([g.sum() for g in grads]).sum())):
+            fallback.step()
+        elif grads:
+            self._skip()
+
+    # What a user may ask.
+
+    def observe(self, output: Tensor, target: Any, criterion: nn.Module) -> None:
+        """Take statistics of a loss that no watched module computes, before its backward().
+
+        `criterion(output, target)` must be the loss, up to a constant factor, which is read from
+        the gradient that arrives at `output`. A target of several tensors is given as a tuple.
+        """
+        check_criterion(criterion, self.options.fisher)
+        if self._watcher is not None:
+            targets = target if isinstance(target, tuple) else (target,)
+            self._watcher.observe(criterion, output, targets)
+
+    def coverage(self) -> Coverage:
+        """Which parameter is covered how: one row for each."""
+        methods = {}
+        for layer in self._layers:
+            memory = self._curvature.memory(layer.name)
+            for p in layer.parameters().values():
+                methods[id(p)] = (layer.kind.name, memory)
+        rows = []
+        for i, p in enumerate(self._all):
+            kind, memory = methods.get(id(p), ("—", 0))
+            why = "" if id(p) in methods else self._reasons.get(id(p)) or "no model was given"
+            method = f"K-FAC {self.options.basis}" if not why else "AdamW"
+            rows.append(
+                Row(self._names.get(id(p), f"#{i}"), tuple(p.shape), kind, method, why, memory)
+            )
+        return Coverage(tuple(rows), f"Fisher: {self._fisher.mode}.")
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """What the last step did, as float64 scalars on the CPU."""
+        plan, planner = self._plan, self._planner
+        settings = None if planner is None else planner.settings
+        numbers = {
+            "step": self._steps,
+            "lr": math.nan if plan is None else plan.lr,
+            "momentum": math.nan if plan is None else plan.momentum,
+            "damping": math.nan if settings is None else settings.damping,
+            "inverse_damping": math.nan if settings is None else settings.inverse_damping,
+            "predicted": math.nan if plan is None else plan.predicted,
+            "shortened": math.nan if plan is None else plan.shortened,
+            "noise": math.nan if settings is None else settings.noise,
+            "scale": self._curvature.scale,
+            "skipped": self._skipped,
+            "undone": 0 if planner is None else planner.undone,
+            "dropped_statistics": self._curvature.dropped,
+            "failed_inversions": self._curvature.failed,
+        }
+        return {name: torch.tensor(float(x), dtype=torch.float64) for name, x in numbers.items()}
+
+    # The state.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next steps depend on: tensors and numbers only."""
+        if self._fallback is not None:
+            self.state = self._fallback.state
+        packed = super().state_dict()
+        for index, entries in self._packed().items():
+            mine = {PREFIX + key: tensor.clone() for key, tensor in entries.items()}
+            packed["state"][index] = {**packed["state"].get(index, {}), **mine}
+        return packed
+
+    def _packed(self) -> dict[int, dict[str, Tensor]]:
+        place = {id(p): i for i, p in enumerate(self._all)}
+        entries: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(self._all))}
+        for layer in self._layers:
+            first = next(iter(layer.parameters().values()))
+            entries[place[id(first)]].update(self._curvature.tensors(layer.name))
+        for p, step in zip(self._parameters, self._previous or [], strict=False):
+            entries[place[id(p)]]["previous"] = step
+        entries[0]["generator"] = self._generator.get_state()
+        entries[0]["scalars"] = scalars(self._scalars())
+        return {i: found for i, found in entries.items() if found}
+
+    def _scalars(self) -> dict[str, float | None]:
+        capturing = self._watcher is not None and self._watcher.capturing
+        own = {"steps": self._steps, "skipped": self._skipped, "capturing": capturing}
+        return {**own, **({} if self._planner is None else planner_scalars(self._planner))}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave. Raises StateError if it is of another model.
+
+        Factors keep the precision that they were saved with, whatever the parameters' is.
+        """
+        theirs, ours = split(state_dict)
+        numbers = read_scalars(ours.get(0, {}).get("scalars"))
+        self._require_same_model(theirs, ours)
+        super().load_state_dict(theirs)
+        if self._fallback is not None:
+            self._fallback.state = self.state
+        place = {id(p): i for i, p in enumerate(self._all)}
+        for layer in self._layers:
+            first = next(iter(layer.parameters().values()))
+            kept = {
+                k: t.to(first.device).clone() for k, t in ours.get(place[id(first)], {}).items()
+            }
+            if "A_total" in kept:
+                self._curvature.load(layer.name, kept)
+        steps = [ours.get(place[id(p)], {}).get("previous") for p in self._parameters]
+        found = [
+            t.to(p).clone() for t, p in zip(steps, self._parameters, strict=True) if t is not None
+        ]
+        self._previous = found if len(found) == len(steps) and found else None
+        self._generator.set_state(ours[0]["generator"].cpu())
+        self._load_scalars(numbers)
+
+    def _load_scalars(self, numbers: Mapping[str, float | None]) -> None:
+        self._steps, self._skipped = int(numbers["steps"] or 0), int(numbers["skipped"] or 0)
+        if self._watcher is not None:
+            self._watcher.capturing = bool(numbers["capturing"])
+        if self._planner is not None:
+            restore_planner(self._planner, numbers)
+
+    def _require_same_model(
+        self, theirs: dict[str, Any], ours: Mapping[int, Mapping[str, Tensor]]
+    ) -> None:
+        sizes = [len(g["params"]) for g in theirs["param_groups"]]
+        own = [len(g["params"]) for g in self.param_groups]
+        if sizes != own:
+            raise StateError(
+                f"the state_dict has parameter groups of {sizes} parameters and this optimizer has "
+                f"{own}: it was saved for another model or another grouping. Build the optimizer "
+                "as it was when the state was saved."
+            )
+        for i, p in enumerate(self._all):
+            previous = ours.get(i, {}).get("previous")
+            if previous is not None and previous.shape != p.shape:
+                raise StateError(
+                    f"the state_dict holds a step of shape {tuple(previous.shape)} for parameter "
+                    f"'{self._names.get(id(p), i)}' of shape {tuple(p.shape)}: it was saved for "
+                    "another model. Load the state of this model, or start afresh."
+                )
+
+    def close(self) -> None:
+        """Remove every hook. The optimizer cannot be used afterwards."""
+        if self._watcher is not None:
+            self._watcher.close()
+
+    def _warn(self, sentence: str) -> None:
+        if sentence not in self._said:
+            self._said.add(sentence)
+            warnings.warn(sentence, KronewtonWarning, stacklevel=4)
+
+
+def _checked(params: Iterable[Any], model: nn.Module | None) -> list[Any]:
+    """The parameters or groups, after checking that there are some, and of the model."""
+    groups = list(params)
+    if not groups:
+        raise ModelError(
+            "there is nothing to train: the model has no parameter with requires_grad=True, or the "
+            "list of parameters is empty. Unfreeze a layer, or pass the parameters to train."
+        )
+    given: list[Any] = []
+    for group in groups:
+        entry = group["params"] if isinstance(group, dict) else group
+        given += [entry] if isinstance(entry, Tensor) else list(entry)
+    if model is not None:
+        own = {id(p) for p in model.parameters()}
+        strangers = [tuple(p.shape) for p in given if isinstance(p, Tensor) and id(p) not in own]
+        if strangers:
+            raise ModelError(
+                f"{len(strangers)} of the parameters, the first of shape {strangers[0]}, do not "
+                "belong to the model that was given. Pass parameters of that model only, or give "
+                "each model an optimizer of its own."
+            )
+    return groups
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """The gradient, or zeros where none arrived."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -1,0 +1,110 @@
+"""What a user may ask of the optimizer, checked once, at the border."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from kronewton.errors import OptionError, UnsupportedError
+
+AUTO = "auto"
+FISHERS = ("sampled", "exact", "empirical")
+SHARINGS = ("expand", "reduce")
+BASES = ("factored", "eigen", "corrected")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The constructor's options. A number fixes what "auto" would choose."""
+
+    lr: float | str
+    momentum: float | str
+    damping: float | str
+    weight_decay: float
+    trust_region: float | str | None
+    fisher: str
+    sharing: str
+    basis: str
+    refine: int
+    factor_every: int
+    inverse_every: int
+    adapt_every: int
+    factor_decay: float
+    draws: int
+    fallback_lr: float
+    strict: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        _number("lr", self.lr, 0.0, auto=True)
+        _number("momentum", self.momentum, 0.0, auto=True)
+        _number("damping", self.damping, 0.0, auto=True)
+        _number("weight_decay", self.weight_decay, 0.0)
+        if self.trust_region is not None:
+            _number("trust_region", self.trust_region, 0.0, auto=True, none=True)
+        _choice("fisher", self.fisher, FISHERS)
+        _choice("sharing", self.sharing, SHARINGS)
+        _choice("basis", self.basis, BASES)
+        for name in ("factor_every", "inverse_every", "adapt_every", "draws"):
+            _count(name, getattr(self, name), 1)
+        _count("refine", self.refine, 0)
+        if self.refine:
+            raise UnsupportedError(
+                f"refine={self.refine} was given; this version has the two-dimensional subspace "
+                "of the K-FAC direction and the previous step, refine=0. Leave refine out."
+            )
+        _number("factor_decay", self.factor_decay, 0.0)
+        if self.factor_decay >= 1:
+            raise OptionError(f"factor_decay must lie in [0, 1), not {self.factor_decay!r}.")
+        _number("fallback_lr", self.fallback_lr, 0.0)
+
+    @property
+    def any_automatic(self) -> bool:
+        """Whether something is chosen by the quadratic model."""
+        return AUTO in (self.lr, self.momentum, self.damping) or self.trust_region is not None
+
+
+def check_criterion(criterion: Any, fisher: str) -> None:
+    """Refuse what cannot be watched, and a Fisher that needs a criterion without one."""
+    if criterion is None:
+        if fisher == "exact":
+            raise OptionError(
+                "fisher='exact' needs the Hessian of a criterion and none was given. Pass your "
+                "loss as a module, KFAC(model, nn.CrossEntropyLoss()), or use fisher='empirical'."
+            )
+        return
+    if not isinstance(criterion, nn.Module):
+        given = getattr(criterion, "__name__", type(criterion).__name__)
+        raise OptionError(
+            f"criterion must be an nn.Module whose calls can be watched, not {given!r}. Use the "
+            "module form (nn.CrossEntropyLoss() for F.cross_entropy), or pass None and call "
+            "optimizer.observe(output, target, criterion) in your loop."
+        )
+    if getattr(criterion, "reduction", "mean") == "none":
+        raise UnsupportedError(
+            f"{type(criterion).__name__}(reduction='none') leaves the loss unreduced, and then its "
+            "weights are not known when it is called. Use reduction='mean' or 'sum'."
+        )
+
+
+def _number(name: str, value: Any, least: float, *, auto: bool = False, none: bool = False) -> None:
+    if auto and value == AUTO:
+        return
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if ok and math.isfinite(value) and value >= least:
+        return
+    allowed = [f"a number ≥ {least:g}", *(["'auto'"] if auto else []), *(["None"] if none else [])]
+    raise OptionError(f"{name} must be {' or '.join(allowed)}, not {value!r}.")
+
+
+def _count(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise OptionError(f"{name} must be a whole number ≥ {least}, not {value!r}.")
+
+
+def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise OptionError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}.")

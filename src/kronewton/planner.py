@@ -1,0 +1,254 @@
+"""How far to go along the K-FAC direction and the previous step, and with which damping.
+
+Asks the batch's exact quadratic model, compares what it promised with what came, and hands both to
+the rule of `adapt`. Where the model cannot be run again, fixed rules take its place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kronewton.adapt import FIRST_TRIALS, Fixed, LevenbergMarquardt, Rule, Settings, StepInfo
+from kronewton.capture import Part
+from kronewton.curvature import Curvature, due
+from kronewton.options import AUTO, Options
+from kronewton.quadratic import QuadraticModel, Subspace, Term, inner
+from kronewton.replay import Replayer
+
+MOMENTUM = 0.9  # where no quadratic model chooses it
+DAMPING = 1.0  # over the curvature's mean eigenvalue, likewise
+DECREASE = 1e-2  # g'(B ⊗ A + λI)⁻¹g of a step at most, likewise
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step before it is made: Δ = lr·direction + momentum·(previous step)."""
+
+    direction: list[Tensor]
+    lr: float
+    momentum: float
+    predicted: float = math.nan  # by the quadratic model, where there is one
+    shortened: float = 1.0  # by the trust region
+
+
+class Planner:
+    """Plans steps for one optimizer; `direct` gives its direction for a damping."""
+
+    def __init__(
+        self,
+        options: Options,
+        curvature: Curvature,
+        replayer: Replayer,
+        unwatched: Callable[[], AbstractContextManager[None]],
+        direct: Callable[[float], list[Tensor]],
+    ) -> None:
+        self.options, self.curvature, self.replayer = options, curvature, replayer
+        self.unwatched, self.direct = unwatched, direct
+        self.rule: Rule = LevenbergMarquardt() if options.damping == AUTO else Fixed()
+        self.settings: Settings | None = None  # None: to be found before the first step
+        if not isinstance(options.damping, str):
+            self.settings = Settings(options.damping, options.damping)
+        self.asked = 0  # the step after which the rule was last asked
+        self.outcome: tuple[float, float] | None = None  # loss after a step, and its change
+        self.noise: float | None = None
+        self.undone = 0
+
+    # Before the step.
+
+    def models(self, parts: Sequence[Part]) -> bool:
+        """Whether these parts have a quadratic model, and something is to be chosen with it."""
+        return self.options.any_automatic and bool(parts) and all(map(_rerunnable, parts))
+
+    def look_back(self, parts: Sequence[Part]) -> None:
+        """How far apart two batches are at one point, over what the last step gained."""
+        if self.outcome is not None and self.models(parts):
+            after, change = self.outcome
+            self.noise = abs(loss_of(parts) - after) / max(abs(change), 1e-30)
+        self.outcome = None
+
+    def first_settings(self, parts: Sequence[Part], gradient: list[Tensor]) -> Settings:
+        """Of a ladder of dampings, largest first, the last before the loss gets worse again."""
+        if not self.models(parts):
+            return Settings(DAMPING * self.curvature.scale, DAMPING * self.curvature.scale)
+        model = self._quadratic(parts)
+        best = (math.inf, FIRST_TRIALS[0] * self.curvature.scale)
+        for trial in FIRST_TRIALS:
+            damping = trial * self.curvature.scale
+            self.curvature.refresh(self.curvature.factors, damping, {})
+            direction = self.direct(damping)
+            subspace = model.subspace(gradient, [direction])
+            if not subspace.finite():
+                break
+            x, _ = self._bounded(subspace, self._minimised(subspace, damping, 0.0), parts)
+            there = torch._foreach_add(self.replayer.parameters(), direction, alpha=x[0])
+            loss = self._loss_with(parts, there)
+            if not loss < best[0]:
+                break
+            best = (loss, damping)
+        return Settings(best[1], best[1])
+
+    def plan(
+        self,
+        step: int,
+        parts: Sequence[Part],
+        gradient: list[Tensor],
+        previous: list[Tensor] | None,
+    ) -> Plan | None:
+        """Choose the coefficients; None if the gradient or the curvature is not finite."""
+        assert self.settings is not None
+        direction = self.direct(self.settings.inverse_damping)
+        if not self.models(parts):
+            return self._unmodelled(gradient, direction)
+        model = self._quadratic(parts)
+        directions = [direction] if previous is None else [direction, previous]
+        subspace = model.subspace(gradient, directions)
+        if not subspace.finite():
+            return None
+        if step and self.options.damping == AUTO and due(step, self.options.adapt_every):
+            directions, subspace = self._probe(model, gradient, directions, subspace)
+        x, _ = self._best(subspace)
+        x, shortened = self._bounded(subspace, x, parts)
+        predicted = subspace.value(x, self.settings.damping)
+        return Plan(directions[0], x[0], x[1] if len(x) > 1 else 0.0, predicted, shortened)
+
+    def _best(self, subspace: Subspace) -> tuple[list[float], float]:
+        """The coefficients that minimise the model, and its value there."""
+        assert self.settings is not None
+        x = self._minimised(
+            subspace, self.settings.damping, self.rule.least_momentum(self.settings)
+        )
+        return x, subspace.value(x, self.settings.damping)
+
+    def _minimised(self, subspace: Subspace, damping: float, least: float) -> list[float]:
+        fixed = {}
+        if self.options.lr != AUTO:
+            fixed[0] = 1.0  # the direction already has it
+        if self.options.momentum != AUTO and len(subspace.slope) > 1:
+            fixed[1] = float(self.options.momentum)
+        x = subspace.minimise(damping, fixed)
+        if len(x) > 1 and 1 not in fixed and x[1] < least:
+            x = subspace.minimise(damping, {**fixed, 1: least})
+        return x
+
+    def _probe(
+        self,
+        model: QuadraticModel,
+        gradient: list[Tensor],
+        directions: list[list[Tensor]],
+        subspace: Subspace,
+    ) -> tuple[list[list[Tensor]], Subspace]:
+        """Try a neighbour of γ on this batch, and keep it if the quadratic model falls further."""
+        assert self.settings is not None
+        trial = self.rule.probed(self.settings, True, self.curvature.scale).inverse_damping
+        kept = self.curvature.inverses
+        self.curvature.inverses = self.curvature.with_damping(trial)
+        others = [self.direct(trial), *directions[1:]]
+        other = model.subspace(gradient, others)
+        better = other.finite() and self._best(other)[1] < self._best(subspace)[1]
+        self.settings = self.rule.probed(self.settings, better, self.curvature.scale)
+        if better:
+            return others, other
+        self.curvature.inverses = kept
+        return directions, subspace
+
+    def _bounded(
+        self, subspace: Subspace, x: list[float], parts: Sequence[Part]
+    ) -> tuple[list[float], float]:
+        """Shorten a step whose ½Δ'CΔ is above its share of the loss."""
+        if self.options.trust_region is None:
+            return x, 1.0
+        share = 1.0 if isinstance(self.options.trust_region, str) else self.options.trust_region
+        bend, bound = 0.5 * subspace.bend(x), share * abs(loss_of(parts))
+        if not bend > bound:
+            return x, 1.0
+        factor = math.sqrt(bound / bend)
+        return [factor * v for v in x], factor
+
+    def _unmodelled(self, gradient: list[Tensor], direction: list[Tensor]) -> Plan | None:
+        """Fixed rules for what the quadratic model would choose."""
+        options = self.options
+        momentum = MOMENTUM if isinstance(options.momentum, str) else options.momentum
+        if not options.any_automatic:
+            return Plan(_guarded(direction), 1.0, momentum)
+        decrease = -float(inner(gradient, direction))
+        if not math.isfinite(decrease):
+            return None
+        if options.trust_region is None:
+            return Plan(direction, 1.0, momentum)
+        share = 1.0 if isinstance(options.trust_region, str) else options.trust_region
+        shortened = min(1.0, math.sqrt(DECREASE * share / max(decrease, 1e-30)))
+        return Plan(direction, shortened, momentum, shortened=shortened)
+
+    # After the step.
+
+    def judge(self, step: int, parts: Sequence[Part], plan: Plan) -> bool:
+        """Ask the rule if it is due. False if the step is so bad that it must be taken back."""
+        if self.options.damping != AUTO or not due(step, self.options.adapt_every):
+            return True
+        if math.isnan(plan.predicted):
+            return True
+        assert self.settings is not None
+        after = self._loss_with(parts, None)
+        change = after - loss_of(parts)
+        info = StepInfo(
+            plan.predicted, change, self.curvature.scale, step + 1 - self.asked, self.noise
+        )
+        self.settings = self.rule.update(self.settings, info)
+        self.asked = step + 1
+        if math.isfinite(after) and not change > abs(plan.predicted):
+            self.outcome = (after, change)
+            return True
+        # Worse by more than it promised to be better.
+        raised = max(self.settings.damping, self.settings.inverse_damping) * 10
+        self.settings = replace(self.settings, damping=raised, inverse_damping=raised)
+        self.curvature.refresh(self.curvature.factors, raised, {})
+        self.undone += 1
+        return False
+
+    # The batch, run again.
+
+    def _quadratic(self, parts: Sequence[Part]) -> QuadraticModel:
+        terms = [
+            Term(part.call, part.path, part.bridge, part.curvature(), part.weight)
+            for part in parts
+            if part.call is not None and part.weight is not None
+        ]
+        return QuadraticModel(self.replayer, terms, self.unwatched)
+
+    def _loss_with(self, parts: Sequence[Part], tensors: Sequence[Tensor] | None) -> float:
+        """The loss of the step's batch with other parameters, or with those of now."""
+        total = 0.0
+        with self.unwatched():
+            for part in parts:
+                if part.call is not None and part.weight is not None:
+                    output = self.replayer.run(part.call, part.path, tensors)
+                    if part.bridge is not None:
+                        output = part.bridge.push(output)
+                    total += float(part.weight * part.criterion(output, *part.targets))
+        return total
+
+
+def loss_of(parts: Sequence[Part]) -> float:
+    """The objective of the step: every part's loss with the weight that the user gave it."""
+    return math.fsum(
+        float(part.weight * part.loss)
+        for part in parts
+        if part.weight is not None and part.loss is not None
+    )
+
+
+def _rerunnable(part: Part) -> bool:
+    """Whether the model can be run again, as the criterion saw it."""
+    return part.call is not None and (part.bridge is None or part.bridge.linear)
+
+
+def _guarded(direction: list[Tensor]) -> list[Tensor]:
+    """Zeros in place of a direction that is not finite, without waiting for the device."""
+    ok = torch.isfinite(torch.stack([d.sum() for d in direction]).sum())
+    return [torch.where(ok, d, torch.zeros_like(d)) for d in direction]

@@ -1,0 +1,149 @@
+"""Run the model again on a batch that it has seen, and leave no trace.
+
+Random numbers repeat as in the first run (dropout masks are the same), buffers such as
+BatchNorm's running statistics stay as they are, and so do torch's own random streams.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """One call of the model: its arguments and the random state that it started from."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    random_state: tuple[Tensor, list[Tensor]]
+
+
+class Replayer:
+    """Reruns one model with other tensors in the place of its trained parameters."""
+
+    def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
+        self.model, self._parameters = model, list(parameters)
+        wanted = {id(p): i for i, p in enumerate(parameters)}
+        tables: list[tuple[dict[str, Any], str, Any]] = [
+            (m._parameters, k, p) for m in model.modules() for k, p in m._parameters.items()
+        ]
+        # A tied parameter has several slots, and all of them are replaced.
+        self.slots = [(table, key, wanted[id(p)]) for table, key, p in tables if id(p) in wanted]
+
+    def parameters(self) -> list[Tensor]:
+        """The parameters that are replaced, detached, in their order."""
+        return [p.detach() for p in self._parameters]
+
+    def run(self, call: ModelCall, path: Path, tensors: Sequence[Tensor] | None = None) -> Tensor:
+        """The output at `path` of the model on the call's arguments, with `tensors` as parameters.
+
+        Without tensors the parameters are those that the model has now.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_kept_buffers(self.model))
+            stack.enter_context(_random_state(call.random_state))
+            if tensors is not None:
+                stack.enter_context(self._swapped(tensors))
+            return follow(self.model(*call.args, **call.kwargs), path)
+
+    @contextlib.contextmanager
+    def _swapped(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        kept = [table[key] for table, key, _ in self.slots]
+        try:
+            for table, key, i in self.slots:
+                table[key] = tensors[i]
+            yield
+        finally:
+            for (table, key, _), parameter in zip(self.slots, kept, strict=True):
+                table[key] = parameter
+
+
+@contextlib.contextmanager
+def _kept_buffers(model: nn.Module) -> Iterator[None]:
+    tables = [m._buffers for m in model.modules() if m._buffers]
+    kept = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.update({k: v.clone() for k, v in table.items() if v is not None})
+        yield
+    finally:
+        for table, buffers in zip(tables, kept, strict=True):
+            table.update(buffers)
+
+
+def random_state() -> tuple[Tensor, list[Tensor]]:
+    """The state of torch's generators: the CPU's and every started accelerator's."""
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return torch.get_rng_state(), devices
+
+
+@contextlib.contextmanager
+def _random_state(state: tuple[Tensor, list[Tensor]]) -> Iterator[None]:
+    before = random_state()
+    try:
+        _set_random_state(state)
+        yield
+    finally:
+        _set_random_state(before)
+
+
+def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
+
+
+Path = tuple[Any, ...]  # keys and indices from a model's return value down to one tensor
+
+
+def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    """Every tensor in a nest of tuples, lists and dicts, with the path to it."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(item, (*path, key))
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from leaves(item, (*path, index))
+
+
+def follow(value: Any, path: Path) -> Tensor:
+    """The tensor at a path that `leaves` gave."""
+    for key in path:
+        value = value[key]
+    assert isinstance(value, Tensor)
+    return value
+
+
+class Bridge:
+    """What the user does between the model's output z and the criterion's input, linearised.
+
+    A reshape, a squeeze or a slice of logits is common: its Jacobian is all that is needed, and
+    reverse mode gives it as the derivative of J'u in u, which stays when the graph is freed.
+    """
+
+    def __init__(self, source: Tensor, output: Tensor, path: Path) -> None:
+        self.path = path
+        self._u = torch.zeros_like(output, requires_grad=True)
+        (self._pulled,) = torch.autograd.grad(
+            output, source, self._u, create_graph=True, materialize_grads=True
+        )
+        # Nonlinear, and another output of the model could not be carried to the criterion.
+        self.linear = self._pulled.requires_grad and torch.equal(
+            self.push(source.detach()), output.detach()
+        )
+
+    def push(self, tangent: Tensor) -> Tensor:
+        """J v: a tangent at the model's output, carried to the criterion's input."""
+        with torch.enable_grad():
+            (pushed,) = torch.autograd.grad(
+                self._pulled, self._u, tangent, retain_graph=True, materialize_grads=True
+            )
+        return pushed

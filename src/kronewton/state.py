@@ -1,0 +1,102 @@
+"""What a checkpoint holds: tensors only, all of them under the parameters they belong to.
+
+The numbers that belong to no parameter (counters, dampings, the random generator) are filed under
+the first one, as one float64 vector and one byte tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronewton.adapt import Settings
+from kronewton.errors import StateError
+from kronewton.planner import Planner
+
+VERSION = 1
+PREFIX = "kfac_"  # in front of every key of ours, beside those of the fallback
+SCALARS = (
+    "version",
+    "steps",
+    "asked",
+    "capturing",
+    "scale",
+    "damping",
+    "inverse_damping",
+    "probe",
+    "noise",
+    "noise_seen",
+    "after",
+    "change",
+    "skipped",
+    "undone",
+)
+
+
+def scalars(numbers: Mapping[str, float | None]) -> Tensor:
+    """The numbers in the order of SCALARS, None as NaN: (len(SCALARS),) float64."""
+    filled = {"version": VERSION, **numbers}
+    row = [math.nan if filled.get(k) is None else float(filled[k] or 0.0) for k in SCALARS]
+    return torch.tensor(row, dtype=torch.float64)
+
+
+def read_scalars(row: Any) -> dict[str, float | None]:
+    """The inverse of `scalars`; raises StateError for another format or version."""
+    if not isinstance(row, Tensor) or row.shape != (len(SCALARS),) or row[0] != VERSION:
+        raise StateError(
+            "the state_dict is not one of this version's KFAC (format "
+            f"{VERSION}): load it with the version of kronewton that wrote it, or start afresh."
+        )
+    numbers = zip(SCALARS, row.tolist(), strict=True)
+    return {k: None if math.isnan(v) else v for k, v in numbers}
+
+
+def planner_scalars(planner: Planner) -> dict[str, float | None]:
+    """The numbers that the planner's next decisions depend on."""
+    settings, outcome = planner.settings, planner.outcome
+    return {
+        "asked": planner.asked,
+        "scale": planner.curvature.scale,
+        "damping": None if settings is None else settings.damping,
+        "inverse_damping": None if settings is None else settings.inverse_damping,
+        "probe": None if settings is None else settings.probe,
+        "noise": None if settings is None else settings.noise,
+        "noise_seen": planner.noise,
+        "after": None if outcome is None else outcome[0],
+        "change": None if outcome is None else outcome[1],
+        "undone": planner.undone,
+    }
+
+
+def restore_planner(planner: Planner, numbers: Mapping[str, float | None]) -> None:
+    """The inverse of `planner_scalars`. A damping that was given as a number stays as given."""
+    planner.asked, planner.undone = int(numbers["asked"] or 0), int(numbers["undone"] or 0)
+    planner.curvature.scale, planner.noise = numbers["scale"] or 0.0, numbers["noise_seen"]
+    if isinstance(planner.options.damping, str) and numbers["damping"] is not None:
+        keys = ("damping", "inverse_damping", "probe", "noise")
+        planner.settings = Settings(*[numbers[k] or 0.0 for k in keys])
+    after, change = numbers["after"], numbers["change"]
+    planner.outcome = None if after is None or change is None else (after, change)
+
+
+def split(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]]]:
+    """torch's part of a state_dict, and ours by the parameter's number."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        raise StateError(
+            "load_state_dict was given something that is not a state_dict: a dictionary with "
+            "'state' and 'param_groups' is needed, as optimizer.state_dict() returns it."
+        )
+    theirs: dict[Any, dict[str, Any]] = {}
+    ours: dict[int, dict[str, Tensor]] = {}
+    for index, entries in state_dict["state"].items():
+        mine = {k.removeprefix(PREFIX): v for k, v in entries.items() if k.startswith(PREFIX)}
+        rest = {k: v for k, v in entries.items() if not k.startswith(PREFIX)}
+        if mine:
+            ours[index] = mine
+        if rest:
+            theirs[index] = rest
+    return {**state_dict, "state": theirs}, ours

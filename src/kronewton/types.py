@@ -1,0 +1,36 @@
+"""The frozen values that flow between the rooms, and the letters they are written in.
+
+Symbols, with shapes. Every room uses these and no others.
+
+| symbol | shape | meaning |
+|---|---|---|
+| N, S, V | | examples, positions that share the weight, draws or columns |
+| i, o | | an input, an output of a layer (the letters of every einsum) |
+| a | (N, S, d_in) | a layer's input rows, with a last entry 1 where the layer has a bias |
+| b | (V, N, S, d_out) | rows backpropagated to the layer's output: columns of J'√Λ, or draws |
+| A | (d_in, d_in) | second moment of a: a mean over examples |
+| B | (d_out, d_out) | second moment of b: a sum over examples (Λ carries the 1/N of a mean loss) |
+| G | (d_out, d_in) | the weight gradient as a matrix, the bias gradient as its last column |
+| Λ | | Hessian of the criterion in the model's output |
+| U, s | (d, d), (d,) | eigenvectors as columns, eigenvalues |
+| λ | | damping, in units of the loss |
+
+Layout, said once. torch stores W as (d_out, d_in) and flattens row by row, so that a layer's
+curvature block reads B ⊗ A. The note stacks columns, and the same matrix reads AA' ⊗ BB'.
+The product is never formed: (B ⊗ A) vec(G) = vec(B G A).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one layer saw in one forward pass, and what came back to its output."""
+
+    a: Tensor  # (N, S, d_in)
+    b: Tensor  # (V, N, S, d_out), scaled so that the sum of all outer products estimates B
+    weights: Tensor  # (N, S) weight of each row in the loss, or (): the same for all rows
