@@ -44,8 +44,8 @@ class Rule(ABC):
         """After γ·probe was tried in place of γ, and was better for the quadratic model or not."""
 
     @abstractmethod
-    def least_momentum(self, settings: Settings) -> float:
-        """The least momentum that an automatic choice may come down to."""
+    def averaging(self, settings: Settings) -> float:
+        """Weight of earlier directions against this one's; 0: whatever the quadratic model says."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Fixed(Rule):
     def probed(self, settings: Settings, better: bool, scale: float) -> Settings:
         return settings
 
-    def least_momentum(self, settings: Settings) -> float:
-        return -math.inf
+    def averaging(self, settings: Settings) -> float:
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,21 @@ class LevenbergMarquardt(Rule):
 
     How far to trust one batch depends on the noise between batches, which is measured for free:
     the loss of the next batch against this batch's, both after the step, over the step's decrease.
-    Without noise λ may vanish and momentum is the quadratic model's own. With noise, λ keeps a
-    floor, and momentum too, which averages over batches. All bounds are relative to the
-    curvature's mean eigenvalue, so that multiplying the loss changes nothing.
+    Without noise λ may vanish, and the quadratic model weighs the previous step itself. With noise
+    it would fit that weight to one batch: λ keeps a floor, and directions are averaged over
+    batches. γ then has a low ceiling: what one batch wants most is a step along its own noise, and
+    that is plain gradient descent. All bounds are relative to the curvature's mean eigenvalue, so
+    that multiplying the loss changes nothing.
     """
 
     drop: float = 0.7
     floor: float = 1e-8
-    noisy_floor: float = 0.3
+    noisy_floor: float = 0.3  # of λ
     ceiling: float = 1e4
-    noisy_momentum: float = 0.6
-    noise_memory: float = 0.8
+    noisy_ceiling: float = 0.03  # of γ
+    noisy_averaging: float = 0.8
+    silence: float = 0.1
+    noise_memory: float = 0.5
 
     def update(self, settings: Settings, info: StepInfo) -> Settings:
         settings = replace(settings, noise=self._noise(settings.noise, info.noise))
@@ -96,7 +100,15 @@ class LevenbergMarquardt(Rule):
         elif not agreement >= 0.25:  # also when the loss is not a number
             damping /= factor
         low = max(self.floor, self.noisy_floor * min(1.0, settings.noise)) * info.scale
-        return replace(settings, damping=min(max(damping, low), self.ceiling * info.scale))
+        damping = min(max(damping, low), self.ceiling * info.scale)
+        return self._with_inverse(replace(settings, damping=damping), 1.0, info.scale)
+
+    def _with_inverse(self, settings: Settings, factor: float, scale: float) -> Settings:
+        """γ times a factor, between its bounds."""
+        noisy = settings.noise >= self.silence
+        low, high = self.floor * scale, (self.noisy_ceiling if noisy else self.ceiling) * scale
+        damping = min(max(settings.inverse_damping * factor, low), high)
+        return replace(settings, inverse_damping=damping)
 
     def _noise(self, before: float, now: float | None) -> float:
         if now is None or not math.isfinite(now):
@@ -107,14 +119,12 @@ class LevenbergMarquardt(Rule):
     def probed(self, settings: Settings, better: bool, scale: float) -> Settings:
         if not better:
             return replace(settings, probe=1 / settings.probe)
-        damping = settings.inverse_damping * settings.probe
-        low, high = self.floor * scale, self.ceiling * scale
-        return replace(settings, inverse_damping=min(max(damping, low), high))
+        return self._with_inverse(settings, settings.probe, scale)
 
-    def least_momentum(self, settings: Settings) -> float:
-        if settings.noise < 0.01:
-            return -math.inf
-        return self.noisy_momentum * min(1.0, settings.noise)
+    def averaging(self, settings: Settings) -> float:
+        if settings.noise < self.silence:
+            return 0.0
+        return self.noisy_averaging * min(1.0, settings.noise)
 
 
 FIRST_TRIALS = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)

@@ -219,7 +219,9 @@ class KFAC(Optimizer):
             D = self._curvature.apply(layer.name, G, damping)
             for name, tensor in layer.kind.split(layer, D).items():
                 p = parameters[name]
-                found[self._place[id(p)]] = tensor.to(p.dtype).mul(-scale[id(p)])
+                step = tensor.to(p.dtype)
+                factor = scale[id(p)]
+                found[self._place[id(p)]] = step.neg() if factor == 1 else step * -factor
         return found
 
     def _move(self, plan: Plan) -> None:

@@ -18,12 +18,13 @@ from kronewton.adapt import FIRST_TRIALS, Fixed, LevenbergMarquardt, Rule, Setti
 from kronewton.capture import Part
 from kronewton.curvature import Curvature, due
 from kronewton.options import AUTO, Options
-from kronewton.quadratic import QuadraticModel, Subspace, Term, inner
+from kronewton.quadratic import Line, QuadraticModel, Subspace, Term, inner
 from kronewton.replay import Replayer
 
-MOMENTUM = 0.9  # where no quadratic model chooses it
-DAMPING = 1.0  # over the curvature's mean eigenvalue, likewise
-DECREASE = 1e-2  # g'(B ⊗ A + λI)⁻¹g of a step at most, likewise
+MOMENTUM = 0.5  # where no quadratic model chooses it
+DAMPING = 10.0  # over the curvature's mean eigenvalue, likewise
+DECREASE = 1e-3  # g'(B ⊗ A + λI)⁻¹g of a step at most, likewise
+NOISY_TRIALS = 2  # times less often is γ tried when one batch says little, for it costs inversions
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,24 @@ class Plan:
     momentum: float
     predicted: float = math.nan  # by the quadratic model, where there is one
     shortened: float = 1.0  # by the trust region
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A K-FAC direction and the quadratic model on what is searched with it.
+
+    Either the span of the direction and the previous step, or, with `mixed` above zero, the one
+    line `direction + mixed·(previous step)`.
+    """
+
+    direction: list[Tensor]
+    lines: list[Line]
+    subspace: Subspace
+    mixed: float = 0.0
+
+    def coefficients(self, x: Sequence[float]) -> tuple[float, float]:
+        """Of the direction and of the previous step, for a point x of the subspace."""
+        return x[0], x[0] * self.mixed if self.mixed else [*x, 0.0][1]
 
 
 class Planner:
@@ -58,6 +77,7 @@ class Planner:
         self.outcome: tuple[float, float] | None = None  # loss after a step, and its change
         self.noise: float | None = None
         self.undone = 0
+        self.lr = 0.0  # of the last step that the quadratic model planned
 
     # Before the step.
 
@@ -82,10 +102,10 @@ class Planner:
             damping = trial * self.curvature.scale
             self.curvature.refresh(self.curvature.factors, damping, {})
             direction = self.direct(damping)
-            subspace = model.subspace(gradient, [direction])
+            subspace = model.subspace(gradient, [model.line(direction)])
             if not subspace.finite():
                 break
-            x, _ = self._bounded(subspace, self._minimised(subspace, damping, 0.0), parts)
+            x, _ = self._bounded(subspace, self._minimised(subspace, damping), parts)
             there = torch._foreach_add(self.replayer.parameters(), direction, alpha=x[0])
             loss = self._loss_with(parts, there)
             if not loss < best[0]:
@@ -106,56 +126,77 @@ class Planner:
         if not self.models(parts):
             return self._unmodelled(gradient, direction)
         model = self._quadratic(parts)
-        directions = [direction] if previous is None else [direction, previous]
-        subspace = model.subspace(gradient, directions)
-        if not subspace.finite():
+        # When γ is tried, in the whole span: on one line it would be fitted to the line.
+        averaging = self.rule.averaging(self.settings)
+        every = self.options.adapt_every * (NOISY_TRIALS if averaging else 1)
+        trying = self.options.damping == AUTO and due(step, every)
+        averaging = 0.0 if trying else averaging
+        found = self._candidate(model, gradient, direction, previous, averaging)
+        if not found.subspace.finite():
             return None
-        if step and self.options.damping == AUTO and due(step, self.options.adapt_every):
-            directions, subspace = self._probe(model, gradient, directions, subspace)
-        x, _ = self._best(subspace)
-        x, shortened = self._bounded(subspace, x, parts)
-        predicted = subspace.value(x, self.settings.damping)
-        return Plan(directions[0], x[0], x[1] if len(x) > 1 else 0.0, predicted, shortened)
+        if trying and step:
+            found = self._probe(model, gradient, found)
+        x = self._minimised(found.subspace, self.settings.damping)
+        x, shortened = self._bounded(found.subspace, x, parts)
+        predicted = found.subspace.value(x, self.settings.damping)
+        lr, momentum = found.coefficients(x)
+        self.lr = lr
+        return Plan(found.direction, lr, momentum, predicted, shortened)
 
-    def _best(self, subspace: Subspace) -> tuple[list[float], float]:
-        """The coefficients that minimise the model, and its value there."""
-        assert self.settings is not None
-        x = self._minimised(
-            subspace, self.settings.damping, self.rule.least_momentum(self.settings)
-        )
-        return x, subspace.value(x, self.settings.damping)
+    def _candidate(
+        self,
+        model: QuadraticModel,
+        gradient: list[Tensor],
+        direction: list[Tensor],
+        previous: list[Tensor] | None,
+        averaging: float,
+    ) -> Candidate:
+        """What is searched with a direction, and the quadratic model there."""
+        if previous is None:
+            lines = [model.line(direction)]
+            return Candidate(direction, lines, model.subspace(gradient, lines))
+        if averaging and self.lr > 0 and self.options.lr == self.options.momentum == AUTO:
+            mixed = averaging / self.lr  # previous steps are lr times what is averaged
+            lines = [model.line(torch._foreach_add(direction, previous, alpha=mixed))]
+            return Candidate(direction, lines, model.subspace(gradient, lines), mixed)
+        lines = [model.line(direction), model.line(previous)]
+        return Candidate(direction, lines, model.subspace(gradient, lines))
 
-    def _minimised(self, subspace: Subspace, damping: float, least: float) -> list[float]:
+    def _minimised(self, subspace: Subspace, damping: float) -> list[float]:
+        """The coefficients that minimise the model, those that are given as numbers being kept."""
         fixed = {}
         if self.options.lr != AUTO:
             fixed[0] = 1.0  # the direction already has it
         if self.options.momentum != AUTO and len(subspace.slope) > 1:
             fixed[1] = float(self.options.momentum)
-        x = subspace.minimise(damping, fixed)
-        if len(x) > 1 and 1 not in fixed and x[1] < least:
-            x = subspace.minimise(damping, {**fixed, 1: least})
-        return x
+        return subspace.minimise(damping, fixed)
 
     def _probe(
         self,
         model: QuadraticModel,
         gradient: list[Tensor],
-        directions: list[list[Tensor]],
-        subspace: Subspace,
-    ) -> tuple[list[list[Tensor]], Subspace]:
+        found: Candidate,
+    ) -> Candidate:
         """Try a neighbour of γ on this batch, and keep it if the quadratic model falls further."""
         assert self.settings is not None
         trial = self.rule.probed(self.settings, True, self.curvature.scale).inverse_damping
         kept = self.curvature.inverses
         self.curvature.inverses = self.curvature.with_damping(trial)
-        others = [self.direct(trial), *directions[1:]]
-        other = model.subspace(gradient, others)
-        better = other.finite() and self._best(other)[1] < self._best(subspace)[1]
+        direction = self.direct(trial)
+        lines = [model.line(direction), *found.lines[1:]]
+        other = Candidate(direction, lines, model.subspace(gradient, lines))
+        better = other.subspace.finite() and self._depth(other) < self._depth(found)
         self.settings = self.rule.probed(self.settings, better, self.curvature.scale)
         if better:
-            return others, other
+            return other
         self.curvature.inverses = kept
-        return directions, subspace
+        return found
+
+    def _depth(self, candidate: Candidate) -> float:
+        """How far the quadratic model falls."""
+        assert self.settings is not None
+        damping = self.settings.damping
+        return candidate.subspace.value(self._minimised(candidate.subspace, damping), damping)
 
     def _bounded(
         self, subspace: Subspace, x: list[float], parts: Sequence[Part]
@@ -194,8 +235,10 @@ class Planner:
         if math.isnan(plan.predicted):
             return True
         assert self.settings is not None
-        after = self._loss_with(parts, None)
-        change = after - loss_of(parts)
+        before, after = loss_of(parts), self._loss_with(parts, None)
+        change = after - before
+        if math.isfinite(after) and abs(plan.predicted) <= _rounding(parts) * abs(before):
+            return True  # the promise is below what the loss can show
         info = StepInfo(
             plan.predicted, change, self.curvature.scale, step + 1 - self.asked, self.noise
         )
@@ -241,6 +284,11 @@ def loss_of(parts: Sequence[Part]) -> float:
         for part in parts
         if part.weight is not None and part.loss is not None
     )
+
+
+def _rounding(parts: Sequence[Part]) -> float:
+    """What a relative change of the loss must exceed to prove anything."""
+    return max(8 * torch.finfo(p.loss.dtype).eps for p in parts if p.loss is not None)
 
 
 def _rerunnable(part: Part) -> bool:

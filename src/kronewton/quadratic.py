@@ -105,6 +105,14 @@ def _solve(H: list[list[float]], slope: list[float]) -> list[float]:
     return x
 
 
+@dataclass(frozen=True)
+class Line:
+    """A direction v and, for each part of the batch, J v and Λ J v at the criterion."""
+
+    vector: Vector
+    pushed: list[tuple[Tensor, Tensor]]
+
+
 class QuadraticModel:
     """C of one batch through forward products of the model with itself linearised."""
 
@@ -117,43 +125,68 @@ class QuadraticModel:
         self.replayer, self.terms = replayer, terms
         self.unwatched = unwatched  # a context in which reruns are not taken for training
 
-    def subspace(self, gradient: Vector, directions: Sequence[Vector]) -> Subspace:
-        """q on the span of the directions: one forward product each, one synchronisation."""
-        k = len(directions)
-        pushed = [[self._push(term, d) for d in directions] for term in self.terms]
-        numbers = [inner(gradient, d) for d in directions]
-        for i in range(k):
-            numbers += [inner(directions[i], directions[j]) for j in range(i + 1)]
-        for i in range(k):
-            numbers += [self._bend(pushed, i, j) for j in range(i + 1)]
+    def line(self, direction: Vector) -> Line:
+        """Push a direction through the linearised model: about two forward passes."""
+        return Line(direction, [self._push(term, direction) for term in self.terms])
+
+    def subspace(self, gradient: Vector, lines: Sequence[Line]) -> Subspace:
+        """q on the span of the lines, with one synchronisation."""
+        k = len(lines)
+        pairs = [(i, j) for i in range(k) for j in range(i + 1)]
+        numbers = [inner(gradient, line.vector) for line in lines]
+        numbers += [inner(lines[i].vector, lines[j].vector) for i, j in pairs]
+        numbers += [self._bend(lines[i], lines[j]) for i, j in pairs]
         found = torch.stack([n.double() for n in numbers]).tolist()
-        half = k * (k + 1) // 2
+        half = len(pairs)
         slope, squares, curvature = found[:k], found[k : k + half], found[k + half :]
         return Subspace(slope, _symmetric(curvature, k), _symmetric(squares, k))
 
-    def _bend(self, pushed: Sequence[Sequence[tuple[Tensor, Tensor]]], i: int, j: int) -> Tensor:
+    def _bend(self, x: Line, y: Line) -> Tensor:
+        """x'Cy, ()."""
         terms = [
-            term.weight * torch.dot(of[i][0].flatten(), of[j][1].flatten())
-            for term, of in zip(self.terms, pushed, strict=True)
+            term.weight * torch.dot(Jx.flatten(), LJy.flatten())
+            for term, (Jx, _), (_, LJy) in zip(self.terms, x.pushed, y.pushed, strict=True)
         ]
         return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
 
     def _push(self, term: Term, direction: Vector) -> tuple[Tensor, Tensor]:
-        """J v and Λ J v at one part's criterion."""
-        Jv = self._forward(term, direction)
+        with self.unwatched():
+            Jv = self._forward(term, direction)
         if term.bridge is not None:
             Jv = term.bridge.push(Jv)
         return Jv, term.curvature.product(Jv)
 
     def _forward(self, term: Term, direction: Vector) -> Tensor:
-        with self.unwatched(), torch.no_grad(), forward_ad.dual_level():
-            duals = [
-                forward_ad.make_dual(p, d)
-                for p, d in zip(self.replayer.parameters(), direction, strict=True)
-            ]
+        """J v at the model's output, by torch's forward mode if the model has one."""
+        if self.replayer.without_forward_mode:
+            return self._double_backward(term, direction)
+        try:
+            return self._dual(term, direction)
+        except (RuntimeError, NotImplementedError) as error:
+            if "forward AD" not in str(error) and "forward-mode" not in str(error):
+                raise
+            self.replayer.without_forward_mode = str(error).split(".")[0]
+        return self._double_backward(term, direction)
+
+    def _dual(self, term: Term, direction: Vector) -> Tensor:
+        with torch.no_grad(), forward_ad.dual_level():
+            pairs = zip(self.replayer.parameters(), direction, strict=True)
+            duals = [forward_ad.make_dual(p, d) for p, d in pairs]
             output = self.replayer.run(term.call, term.path, duals)
             primal, tangent = forward_ad.unpack_dual(output)
         return torch.zeros_like(primal) if tangent is None else tangent
+
+    def _double_backward(self, term: Term, direction: Vector) -> Tensor:
+        """J v as the derivative of v'J'u in u: three passes where forward mode takes two."""
+        with torch.enable_grad():
+            parameters = [p.requires_grad_() for p in self.replayer.parameters()]
+            output = self.replayer.run(term.call, term.path, parameters)
+            u = torch.zeros_like(output, requires_grad=True)
+            pulled = torch.autograd.grad(
+                output, parameters, u, create_graph=True, materialize_grads=True
+            )
+            (Jv,) = torch.autograd.grad(inner(pulled, direction), u)
+        return Jv
 
 
 def inner(x: Vector, y: Vector) -> Tensor:

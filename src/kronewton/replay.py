@@ -29,6 +29,8 @@ class Replayer:
 
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
         self.model, self._parameters = model, list(parameters)
+        self.without_forward_mode = ""  # what torch said, where it has none for this model
+        self._buffers = [m._buffers for m in model.modules() if m._buffers]
         wanted = {id(p): i for i, p in enumerate(parameters)}
         tables: list[tuple[dict[str, Any], str, Any]] = [
             (m._parameters, k, p) for m in model.modules() for k, p in m._parameters.items()
@@ -46,7 +48,7 @@ class Replayer:
         Without tensors the parameters are those that the model has now.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_kept_buffers(self.model))
+            stack.enter_context(_kept_buffers(self._buffers))
             stack.enter_context(_random_state(call.random_state))
             if tensors is not None:
                 stack.enter_context(self._swapped(tensors))
@@ -65,8 +67,7 @@ class Replayer:
 
 
 @contextlib.contextmanager
-def _kept_buffers(model: nn.Module) -> Iterator[None]:
-    tables = [m._buffers for m in model.modules() if m._buffers]
+def _kept_buffers(tables: Sequence[dict[str, Tensor | None]]) -> Iterator[None]:
     kept = [dict(table) for table in tables]
     try:
         for table in tables:

@@ -34,6 +34,7 @@ SCALARS = (
     "change",
     "skipped",
     "undone",
+    "lr",
 )
 
 
@@ -69,12 +70,14 @@ def planner_scalars(planner: Planner) -> dict[str, float | None]:
         "after": None if outcome is None else outcome[0],
         "change": None if outcome is None else outcome[1],
         "undone": planner.undone,
+        "lr": planner.lr,
     }
 
 
 def restore_planner(planner: Planner, numbers: Mapping[str, float | None]) -> None:
     """The inverse of `planner_scalars`. A damping that was given as a number stays as given."""
     planner.asked, planner.undone = int(numbers["asked"] or 0), int(numbers["undone"] or 0)
+    planner.lr = numbers["lr"] or 0.0
     planner.curvature.scale, planner.noise = numbers["scale"] or 0.0, numbers["noise_seen"]
     if isinstance(planner.options.damping, str) and numbers["damping"] is not None:
         keys = ("damping", "inverse_damping", "probe", "noise")

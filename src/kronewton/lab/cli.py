@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -20,9 +21,10 @@ try:
     import typer
 
     from kronewton.lab import bench, contest, display, plots, reports, session, verify
+    from kronewton.lab.files import write_json
     from kronewton.lab.rivals import RIVALS, Rival, Setting, available, describe, find_rival
     from kronewton.lab.tasks import TASKS, Options, Task, find_task
-    from kronewton.lab.training import Budget, start
+    from kronewton.lab.training import Budget, start, train
 except ModuleNotFoundError as missing:
     raise SystemExit(
         f"The command line needs the package {missing.name}, which is not installed; "
@@ -55,7 +57,7 @@ Steps = Annotated[int | None, typer.Option(min=1, help="Steps of a run; the task
 Batch = Annotated[int | None, typer.Option(min=1, help="Examples a step; the task has a default.")]
 Data = Annotated[Path | None, typer.Option(metavar="PATH", help="MNIST: an .npz or the IDX file.")]
 Small = Annotated[bool, typer.Option("--small", help="mnist-autoencoder through 784-256-256-64.")]
-Examples = Annotated[int | None, typer.Option(min=2, help="Training images of mnist-autoencoder.")]
+Examples = Annotated[int | None, typer.Option(min=1, help="Training images of mnist-autoencoder.")]
 Seeds = Annotated[int, typer.Option(min=1, help="How many seeds, from --seed upwards.")]
 
 
@@ -103,7 +105,7 @@ def train_command(
     chosen = find_task(task, Options(batch_size, data, small, examples))
     rival = find_rival(optimizer)
     _check_files(out, json)
-    run = start(chosen, rival, _setting(rival, lr), seed, _device(device))
+    run = start(chosen, rival, _setting(chosen, rival, lr), seed, _device(device))
     records = session.resume_(run, out) if resume else []
     budget = _budget(chosen, steps, None)
     with display.step_bar(rival.label, budget, len(records)) as show:
@@ -165,8 +167,10 @@ def explain_command(
     """Say which parameter of a task's model K-FAC covers, and how."""
     chosen = find_task(task, Options(data=data, small=small))
     _check_files(None, json)
-    problem = chosen.build(seed, _device(device))
-    coverage = kn.KFAC(problem.model, problem.criterion).coverage()
+    run = start(chosen, find_rival("kfac"), {}, seed, _device(device))
+    list(train(run, Budget(steps=1)))  # what curvature takes is known when there is some
+    assert isinstance(run.optimizer, kn.KFAC)
+    coverage = run.optimizer.coverage()
     print(f"{chosen.described()}\n\n{coverage}")
     _write(json, {"task": chosen.described(), "coverage": coverage})
 
@@ -235,29 +239,26 @@ def _compare(plan: contest.Plan, out: Path | None, json: Path | None) -> None:
     )
     with session.ctrl_c() as pressed:
         for label, lanes, steps in phases:
+            if lanes == 0 or pressed():
+                continue
             with display.lane_bar(label, plan, lanes) as show:
-                for lane in steps:
+                for lane in takewhile(lambda _: not pressed(), steps):
                     show(lane)
-                    if pressed():
-                        break
-            if pressed():
-                break
         interrupted = pressed()
-    _report(plan, tuned, raced, out, json)
+    _report(reports.summarise(plan, tuned, raced, interrupted), plan, raced, out, json)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
 
 
 def _report(
+    report: reports.Report,
     plan: contest.Plan,
-    tuned: contest.Board,
     raced: contest.Board,
     out: Path | None,
     json: Path | None,
 ) -> None:
-    report = reports.summarise(plan, tuned, raced)
     if not report.lines:
-        print("Stopped while tuning: nothing was raced yet.")
+        print("Stopped before the race: there is nothing to compare yet.")
         return
     print(report.task)
     display.output().print(reports.contest_tables(report))
@@ -292,13 +293,14 @@ def _target(task: Task, target: float | None) -> float:
     return target
 
 
-def _setting(rival: Rival, lr: float | None) -> Setting:
+def _setting(task: Task, rival: Rival, lr: float | None) -> Setting:
     """The first setting of the rival's grid, with the user's learning rate if there is one."""
+    first = rival.settings(task.scale)[0]
     if lr is None:
-        return rival.grid[0]
+        return first
     if not (math.isfinite(lr) and lr >= 0):
         raise OptionError(f"--lr must be a number that is not negative, not {lr:g}.")
-    return {**rival.grid[0], "lr": lr}
+    return {**first, "lr": lr}
 
 
 def _rivals(names: str | None) -> tuple[Rival, ...]:
@@ -335,4 +337,4 @@ def _check_files(out: Path | None, json: Path | None) -> None:
 
 def _write(json: Path | None, value: object) -> None:
     if json is not None:
-        reports.write_json(json, value)
+        write_json(json, value)

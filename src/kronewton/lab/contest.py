@@ -32,7 +32,7 @@ class Plan:
     device: torch.device
 
     def settings(self, rival: Rival) -> tuple[Setting, ...]:
-        return rival.grid[: self.grid]
+        return rival.settings(self.task.scale)[: self.grid]
 
 
 @dataclass(frozen=True)

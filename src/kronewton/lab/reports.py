@@ -1,13 +1,10 @@
-"""What the runs say: tables, one sentence, and the same as JSON."""
+"""What the runs say: tables, and one sentence."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -17,7 +14,6 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from kronewton.errors import DataError
 from kronewton.lab.contest import Board, Plan, best_setting, final_loss, first_below
 from kronewton.lab.rivals import Rival, describe
 from kronewton.lab.training import Record
@@ -68,10 +64,11 @@ class Report:
     device: str
     threads: int
     metric: str | None
+    interrupted: bool
     lines: tuple[Line, ...]
 
 
-def summarise(plan: Plan, tuned: Board, raced: Board) -> Report:
+def summarise(plan: Plan, tuned: Board, raced: Board, interrupted: bool = False) -> Report:
     """One line per rival that ran, the first to reach the target on top."""
     found = [_line(plan, rival, tuned, raced) for rival in plan.rivals]
     lines = _with_ratios([line for line in found if line is not None])
@@ -85,6 +82,7 @@ def summarise(plan: Plan, tuned: Board, raced: Board) -> Report:
         device=str(plan.device),
         threads=torch.get_num_threads(),
         metric=plan.task.metric.name if plan.task.metric else None,
+        interrupted=interrupted,
         lines=tuple(sorted(lines, key=lambda line: (line.seconds.median, line.final.median))),
     )
 
@@ -131,12 +129,10 @@ def _with_ratios(lines: list[Line]) -> list[Line]:
     if base is None or math.isinf(base.steps.median):
         return lines
     return [
-        Line(
-            **{
-                **vars(line),
-                "step_ratio": line.steps.median / base.steps.median,
-                "second_ratio": line.seconds.median / base.seconds.median,
-            }
+        replace(
+            line,
+            step_ratio=line.steps.median / base.steps.median,
+            second_ratio=line.seconds.median / base.seconds.median,
         )
         for line in lines
     ]
@@ -146,10 +142,10 @@ def contest_tables(report: Report) -> Group:
     """How soon each rival got there, and how it stood at the end; K-FAC in bold."""
     name = report.task.split(":")[0]
     soon = _table(f"{name}: to a training loss of {report.target:g}")
-    for head in ("optimizer", "best setting", "tried", "steps", "ratio", "seconds", "ratio"):
+    for head in ("optimizer", "best setting", "steps", "×", "seconds", "×"):
         soon.add_column(head, justify="left" if head in ("optimizer", "best setting") else "right")
     end = _table(f"{name}: at the end of {_limit(report)}")
-    heads = ["optimizer", "ms/step", "training loss", "lowest in grid", "test loss"]
+    heads = ["optimizer", "ms/step", "training loss", "lowest\nin grid", "test\nloss"]
     for head in heads + ([report.metric] if report.metric else []):
         end.add_column(head, justify="left" if head == "optimizer" else "right")
     for line in report.lines:
@@ -167,10 +163,9 @@ def _soon(line: Line) -> list[str]:
     return [
         line.label,
         line.setting,
-        str(line.tried),
-        _range(line.steps, "{:.0f}".format),
+        _range(line.steps, lambda value: _until(value, "{:.0f}")),
         _ratio(line.step_ratio),
-        _range(line.seconds, "{:.2g}".format),
+        _range(line.seconds, lambda value: _until(value, "{:.2g}")),
         _ratio(line.second_ratio),
     ]
 
@@ -187,26 +182,33 @@ def _end(line: Line) -> list[str]:
 
 
 def _limit(report: Report) -> str:
+    if report.interrupted:
+        return "what was run before Ctrl-C"
     return f"{report.steps} steps" if math.isinf(report.seconds) else f"{report.seconds:g} s"
 
 
 def _conditions(report: Report) -> str:
+    tried = max(line.tried for line in report.lines)
+    settings = (
+        f"the best of {tried} settings on seed {report.seeds[0]}, by the fewest steps or else"
+    )
     return (
-        f"Losses are {report.unit}. Median [range] over seeds {', '.join(map(str, report.seeds))}; "
-        f"each rival tuned on seed {report.seeds[0]} for the fewest steps, or else for the lowest "
-        "training loss. Ratio: to K-FAC's. Seconds are of training alone, "
-        f"{report.device}, {report.threads} thread{'s' if report.threads > 1 else ''}."
+        f"Losses are {report.unit}. Median [range] over seeds {', '.join(map(str, report.seeds))}. "
+        f"Each rival's setting is {settings} by the lowest loss. ×: as a multiple of K-FAC's. "
+        f"Seconds are of training alone, {report.device}, "
+        f"{report.threads} thread{'s' if report.threads > 1 else ''}."
     )
 
 
 def _range(spread: Spread, show: Callable[[float], str]) -> str:
-    if math.isinf(spread.median):
-        return "never"
     text = show(spread.median)
-    if spread.low == spread.high:
+    if spread.low == spread.high or math.isinf(spread.median):
         return text
-    high = "never" if math.isinf(spread.high) else show(spread.high)
-    return f"{text} [{show(spread.low)}–{high}]"
+    return f"{text} [{show(spread.low)}–{show(spread.high)}]"
+
+
+def _until(value: float, form: str) -> str:
+    return "never" if math.isinf(value) else form.format(value)
 
 
 def _ratio(value: float | None) -> str:
@@ -238,11 +240,20 @@ def verdict(report: Report) -> str:
         f"{kfac.seconds.median:.2g} s (medians over {kfac.seeds} seeds)"
     )
     if not done:
-        rest = f"; of {len(others)} tuned rivals none does." if others else "."
-        return opening + rest
+        return f"{opening}{_also_ran(others)}."
     steps = _standing(done, "steps", lambda line: line.step_ratio)
     seconds = _standing(done, "seconds", lambda line: line.second_ratio)
     return f"{opening}. {steps} {seconds}"
+
+
+def _also_ran(others: Sequence[Line]) -> str:
+    if not others:
+        return ""
+    best = min(others, key=lambda line: line.final.median)
+    return (
+        f"; of {len(others)} tuned rivals none does, and the lowest, {best.label}, ends at "
+        f"{_number(best.final.median)}"
+    )
 
 
 def _standing(done: Sequence[Line], unit: str, of: Callable[[Line], float | None]) -> str:
@@ -261,53 +272,3 @@ def curves(raced: Board) -> list[dict[str, Any]]:
         {**asdict(lane), "records": [r for r in records if r.train_loss is not None or r.diverged]}
         for lane, records in raced.items()
     ]
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write dataclasses and plain values as one JSON document; what is not finite becomes null."""
-    _write(path, json.dumps(_plain(value), indent=1, ensure_ascii=False) + "\n")
-
-
-def write_lines(path: Path, values: Iterable[object]) -> None:
-    """Write one JSON document a line."""
-    _write(path, "".join(json.dumps(_plain(value)) + "\n" for value in values))
-
-
-def read_records(path: Path, until: int) -> list[Record]:
-    """The records of a run up to a step, from the lines that `write_lines` left."""
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        records = [_record(line) for line in lines]
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{path} is missing or damaged, and --resume needs it; train again without --resume."
-        ) from error
-    return [record for record in records if record.step <= until]
-
-
-def _record(line: dict[str, Any]) -> Record:
-    return Record(**{**line, "loss": math.nan if line["loss"] is None else line["loss"]})
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)  # whole or not at all
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(
-            f"{path} can't be written ({error.strerror}); name another file."
-        ) from error
-
-
-def _plain(value: object) -> object:
-    if is_dataclass(value) and not isinstance(value, type):
-        return {key: _plain(item) for key, item in vars(value).items()}
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -32,8 +32,8 @@ Setting = Mapping[str, float]
 class Rival:
     """An optimizer by name, its constructor and its grid.
 
-    per_unit: learning rates are per unit of the task's loss, for methods whose step grows with
-    the gradient. closure: the step calls the loss by itself, more than once.
+    per_unit: the grid's learning rates are per unit of the task's loss as it is shown, for methods
+    whose step grows with the gradient. closure: the step calls the loss by itself, more than once.
     """
 
     name: str
@@ -43,12 +43,11 @@ class Rival:
     per_unit: bool = False
     closure: bool = False
 
-    def build(
-        self, model: nn.Module, criterion: nn.Module, setting: Setting, scale: float
-    ) -> Optimizer:
-        if self.per_unit and "lr" in setting:
-            setting = {**setting, "lr": setting["lr"] * scale}
-        return self.make(model, criterion, setting)
+    def settings(self, scale: float) -> tuple[Setting, ...]:
+        """The grid for a task whose loss is shown times scale."""
+        if not self.per_unit:
+            return self.grid
+        return tuple({**setting, "lr": setting["lr"] * scale} for setting in self.grid)
 
 
 def find_rival(name: str) -> Rival:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from kronewton.errors import DataError, OptionError
 from kronewton.lab import checkpoint, plots
-from kronewton.lab.reports import read_records, write_lines
+from kronewton.lab.files import read_records, write_lines
 from kronewton.lab.training import Budget, Record, Run, train
 
 LINES = "steps.jsonl"

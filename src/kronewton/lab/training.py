@@ -70,7 +70,7 @@ def start(task: Task, rival: Rival, setting: Setting, seed: int, device: torch.d
             f"a batch of {task.batch_size} was asked for; {task.name} has {len(problem.train)} "
             "training examples: give --batch-size a number from 1 to that, or leave it out."
         )
-    optimizer = rival.build(problem.model, problem.criterion, setting, task.scale)
+    optimizer = rival.make(problem.model, problem.criterion, setting)
     return Run(task, problem, rival, setting, seed, optimizer)
 
 

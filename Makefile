@@ -1,0 +1,33 @@
+# Everything runs from .venv, which is made on demand and only when what it is made from changes.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test lint bench slow clean
+
+demo: $(READY)
+	$(BIN)/kronewton demo --out demo
+
+test: lint
+	$(BIN)/pytest -n 2 -m "not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/mypy
+
+# Step costs, and the race on the digits with three seeds: about an hour on two cores.
+bench: $(READY)
+	$(BIN)/kronewton bench step-cost --out runs/step-cost
+	$(BIN)/kronewton compare digits-mlp --out runs/digits-mlp
+
+slow: $(READY)
+	$(BIN)/pytest -m slow
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv build demo runs
