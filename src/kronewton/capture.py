@@ -22,10 +22,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from kronewton.errors import CriterionError
 from kronewton.layers import Layer
 from kronewton.losses import OutputCurvature, check, check_values, curvature
-from kronewton.replay import Bridge, ModelCall, Path, leaves, random_state
+from kronewton.replay import Bridge, ModelCall, Path, leaves, random_state, versions
 from kronewton.types import Statistics
 
-STRAY_FORWARDS = 16  # forwards without a backward whose graphs are kept at most
+STRAY_FORWARDS = 8  # forwards without a backward whose graphs are kept at most
 
 
 @dataclass(eq=False)
@@ -88,7 +88,9 @@ class Watcher:
         self._paused = False
         self._clear()
         handles = [
-            layer.module.register_forward_hook(_Hook(self, layer.module, "_on_layer"))
+            layer.module.register_forward_hook(
+                _Hook(self, layer.module, "_on_layer"), with_kwargs=True
+            )
             for layer in layers
         ]
         handles.append(
@@ -112,12 +114,12 @@ class Watcher:
 
     def _clear(self) -> None:
         self.calls: list[LayerCall] = []
-        self.parts: list[Part] = []
+        self.parts: list[Part] = []  # committed; the loss's hook holds those that may yet be
         self.foreign = 0  # criterion calls on outputs that no watched layer had a part in
         self._forward = 0
         self._open: list[ModelCall] = []
-        self._outputs: list[tuple[weakref.ref[Tensor], ModelCall, Path]] = []
-        self._unwatched: list[tuple[LayerCall, Tensor]] = []
+        self._outputs: list[tuple[int, Tensor, ModelCall, Path]] = []
+        self._arrivals: list[tuple[LayerCall, Tensor]] = []
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -133,12 +135,19 @@ class Watcher:
 
         And whether two of them are calls of the criterion on one and the same output.
         """
-        parts = [part for part in self.parts if part.weight is not None]
+        self._file_arrivals()
+        parts = self.parts
         if any(part.call is not None for part in parts):
             # A criterion shared with another model is called on that model's outputs, too.
             parts = [part for part in parts if part.call is not None or part.statistics]
         if not parts and self.capturing and self.criterion is None:
             parts = self._unwatched_part()
+        for part in parts:
+            for name, stats in part.statistics.items():
+                whole = joined(stats)
+                part.statistics[name] = (
+                    [reduced(one) for one in whole] if self.sharing == "reduce" else whole
+                )
         self._clear()
         return parts, len({part.key for part in parts}) < len(parts)
 
@@ -152,25 +161,31 @@ class Watcher:
             return
         self._forward += 1
         if self.replays:
-            self._open.append(ModelCall(args, kwargs, random_state()))
+            self._open.append(ModelCall(args, kwargs, random_state(), versions((args, kwargs))))
         oldest = self._forward - STRAY_FORWARDS
         if self.calls and self.calls[0].forward <= oldest:
             self.calls = [call for call in self.calls if call.forward > oldest]
+        if self._outputs and self._outputs[0][0] <= oldest:
+            self._outputs = [found for found in self._outputs if found[0] > oldest]
 
     def _after_model(self, model: nn.Module, args: Any, result: Any) -> None:
         if not self._watching() or not self._open:
             return
         call = self._open.pop()
-        self._outputs += [(weakref.ref(t), call, path) for path, t in leaves(result)]
+        # Held, not weakly: of criterion(model(x).flatten(), y) only the view is alive.
+        self._outputs += [(self._forward, t, call, path) for path, t in leaves(result)]
 
-    def _on_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _on_layer(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self.capturing or not self._watching():
             return
-        if not isinstance(output, Tensor) or not output.requires_grad or not args:
+        if not isinstance(output, Tensor) or not output.requires_grad:
             return
         layer = self.layers[id(module)]
+        inputs = args[0] if args else next(iter(kwargs.values()))
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-            a = layer.kind.input_rows(layer, at_least_float32(args[0].detach()))
+            # The user may put the next batch where this one is; activations stay as they are.
+            own = inputs.detach() if inputs.requires_grad else inputs.clone()
+            a = layer.kind.input_rows(layer, at_least_float32(own))
         call = LayerCall(layer, a, output.shape[:-1], None, self._forward)
         if self.fisher.rides_along:
             output.register_hook(_Arrival(self, call))
@@ -222,42 +237,38 @@ class Watcher:
             if not found:
                 self.foreign += 1
                 return None
-        self.parts.append(part)
         return part
 
     def _locate(self, part: Part, output: Tensor) -> None:
         """Find which output of the model the criterion was given, so that it can be rerun."""
-        alive = [(ref(), call, path) for ref, call, path in self._outputs]
-        for tensor, call, path in reversed(alive):
+        for _, tensor, call, path in reversed(self._outputs):
             if tensor is output:
                 part.call, part.path = call, path
                 return
-        for tensor, call, path in reversed(alive):
-            if tensor is not None and tensor.requires_grad and _leads_to(tensor, output):
-                part.call, part.path, part.bridge = call, path, Bridge(tensor, output, path)
-                return
+        leading = [
+            found
+            for found in self._outputs
+            if found[1].requires_grad and _leads_to(found[1], output)
+        ]
+        if len(leading) == 1:  # of several, one alone would not be the whole Jacobian
+            _, tensor, part.call, part.path = leading[0]
+            part.bridge = Bridge(tensor, output, part.path)
 
     def _backpropagate(self, part: Part, output: Tensor) -> bool:
         """Fill in the part's statistics; False if no watched layer leads to its output."""
-        calls = self.calls
+        calls = list(self.calls)
         part.batched = not any(len(call.lead) == 0 for call in calls)
-        if self.fisher.rides_along:
+        if self.fisher.rides_along or not calls:
             part.forwards = frozenset(call.forward for call in calls)
             return bool(calls)
         edges = [call.edge for call in calls if call.edge is not None]
-        if not edges:
-            return False
         with torch.no_grad():
             weights = part.curvature().weights
-        rows: list[list[Tensor | None]] = []
-        for cotangent in self.fisher.cotangents(part.curvature()):
-            rows.append(
-                list(
-                    torch.autograd.grad(
-                        output, edges, cotangent.to(output.dtype), True, allow_unused=True
-                    )
-                )
-            )
+        rows: list[Sequence[Tensor | None]] = []
+        with self.paused():  # checkpointed layers run again in here
+            for cotangent in self.fisher.cotangents(part.curvature()):
+                u = cotangent.to(output.dtype)
+                rows.append(torch.autograd.grad(output, edges, u, True, allow_unused=True))
         return self._file(part, calls, rows, weights)
 
     def _file(
@@ -267,42 +278,51 @@ class Watcher:
         rows: Sequence[Sequence[Tensor | None]],
         weights: Tensor,
     ) -> bool:
-        used = set()
-        for call, gradients in zip(calls, zip(*rows, strict=True), strict=True):
-            found = [g for g in gradients if g is not None]
-            if not found:
-                continue
-            b = torch.stack([_output_rows(call, g) for g in found])  # (V, N, S, d_out)
-            stats = self._statistics(call, b, weights)
-            part.statistics.setdefault(call.layer.name, []).append(stats)
-            used.add(call.forward)
+        reached: dict[str, list[tuple[LayerCall, Tensor]]] = {}
+        for k, call in enumerate(calls):
+            found = [gradients[k] for gradients in rows]
+            if all(g is not None for g in found):
+                b = torch.stack([_output_rows(call, g) for g in found if g is not None])
+                reached.setdefault(call.layer.name, []).append((call, b))  # b (V, N, S, d_out)
+        for name, seen in reached.items():
+            stats = [self._statistics(call, b, weights) for call, b in seen]
+            part.statistics[name] = stats
+        used = [call.forward for seen in reached.values() for call, _ in seen]
         part.forwards = frozenset(used)
         return bool(used)
 
     def _statistics(self, call: LayerCall, b: Tensor, weights: Tensor) -> Statistics:
-        stats = Statistics(call.a, b, row_weights(weights, call))
-        return reduced(stats) if self.sharing == "reduce" else stats
+        return Statistics(call.a, b, row_weights(weights, call))
 
     # What arrives in the user's own backward pass.
 
     def _commit(self, part: Part, weight: Tensor) -> None:
+        if part.weight is None:
+            self.parts.append(part)
         part.weight = weight if part.weight is None else part.weight + weight
         # Their statistics are taken: the graph need not be kept for them.
         if not self.fisher.rides_along:
             self.calls = [call for call in self.calls if call.forward not in part.forwards]
 
     def _arrived(self, call: LayerCall, gradient: Tensor) -> None:
-        """Training gradients as rows b: each is weight·ω·∇ℓ, and √ω·∇ℓ is what is wanted."""
         b = _output_rows(call, gradient).unsqueeze(0)  # (1, N, S, d_out)
-        part = next((p for p in self.parts if call.forward in p.forwards), None)
-        if part is None or part.weight is None:
-            self._unwatched.append((call, b))
-            return
-        weights = part.curvature().weights
-        typical = weights.square().sum() / weights.sum()  # a mean that masked positions leave alone
-        b = b / (typical.sqrt() * part.weight)
-        stats = self._statistics(call, b, weights)
-        part.statistics.setdefault(call.layer.name, []).append(stats)
+        self._arrivals.append((call, b))
+
+    def _file_arrivals(self) -> None:
+        """Training gradients as rows b: each is weight·ω·∇ℓ, and √ω·∇ℓ is what is wanted.
+
+        Where ω differs between examples its mean is taken, for a gradient cannot be unmixed.
+        """
+        for call, b in self._arrivals:
+            part = next((p for p in self.parts if call.forward in p.forwards), None)
+            if part is None or part.weight is None:
+                continue
+            weights = part.curvature().weights
+            # A mean that masked positions leave alone.
+            typical = weights.square().sum() / weights.sum()
+            rows = b / (typical.sqrt() * part.weight)
+            stats = self._statistics(call, rows, weights)
+            part.statistics.setdefault(call.layer.name, []).append(stats)
 
     def _unwatched_part(self) -> list[Part]:
         """All gradients that arrived without a criterion, as one part.
@@ -310,16 +330,16 @@ class Watcher:
         The loss is taken to be the mean over all examples since the last step: what arrives is
         ∇ℓ/N, and ∇ℓ/√N is what is wanted.
         """
-        if not self._unwatched:
+        if not self._arrivals:
             return []
         examples: dict[str, int] = {}
-        for call, b in self._unwatched:
+        for call, b in self._arrivals:
             examples[call.layer.name] = examples.get(call.layer.name, 0) + b.shape[1]
         # The smallest: a layer that is called twice in a forward pass sees its examples twice.
         N = min(examples.values())
-        one = self._unwatched[0][1].new_ones(())
+        one = self._arrivals[0][1].new_ones(())
         part = Part(nn.Identity(), one, (), weight=one)
-        for call, b in self._unwatched:
+        for call, b in self._arrivals:
             stats = self._statistics(call, b * N**0.5, one / N)
             part.statistics.setdefault(call.layer.name, []).append(stats)
         return [part]
@@ -423,6 +443,23 @@ def row_weights(weights: Tensor, call: LayerCall) -> Tensor:
     return weights.mean()
 
 
+def joined(calls: list[Statistics]) -> list[Statistics]:
+    """Calls of one layer in one forward pass as one: its examples at more positions.
+
+    Calls with different numbers of examples stay apart.
+    """
+    first = calls[0]
+    N, V = first.a.shape[0], first.b.shape[0]
+    if len(calls) == 1 or any(s.a.shape[0] != N or s.b.shape[0] != V for s in calls):
+        return calls
+    if all(s.weights.dim() == 0 for s in calls):
+        weights = first.weights
+    else:
+        weights = torch.cat([s.weights.expand(s.a.shape[:2]) for s in calls], 1)
+    a, b = torch.cat([s.a for s in calls], 1), torch.cat([s.b for s in calls], 2)
+    return [Statistics(a, b, weights)]
+
+
 def reduced(stats: Statistics) -> Statistics:
     """One row for each example: inputs averaged over its positions, gradients summed.
 
@@ -451,7 +488,14 @@ def _arguments(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if not kwargs:
         given = list(args)
     else:
-        given = list(inspect.signature(criterion.forward).bind(*args, **kwargs).args)
+        bound = inspect.signature(criterion.forward).bind(*args, **kwargs)
+        if bound.kwargs:
+            raise CriterionError(
+                f"{type(criterion).__name__} takes {', '.join(bound.kwargs)} by name only; a "
+                "watched criterion takes the model's output and its targets by position. Let its "
+                "forward accept them so, or pass criterion=None."
+            )
+        given = list(bound.args)
     if not given or not isinstance(given[0], Tensor):
         raise CriterionError(
             f"{type(criterion).__name__} was called with {type(given[0]).__name__ if given else 0} "

@@ -49,6 +49,7 @@ class Curvature:
         self.basis, self.decay = basis, decay
         self.factors: dict[str, Factors] = {}
         self.inverses: dict[str, Inverse] = {}
+        self._batch: dict[str, Sequence[Observation]] = {}  # what was learnt in this step
         self.scale = 0.0  # mean eigenvalue of all blocks together, in units of the loss
         self.dropped = 0  # batches of a layer left out because they were not finite
         self.failed = 0  # inversions that failed, the last good one being kept
@@ -60,6 +61,7 @@ class Curvature:
             if not bool(batch.finite()):
                 self.dropped += 1
             elif bool(batch.A.count > 0):
+                self._batch[name] = seen
                 self._learn_layer(name, batch, seen)
         if observations and self.factors:
             trace = torch.stack([f.trace() for f in self.factors.values()]).sum()
@@ -77,12 +79,11 @@ class Curvature:
         if isinstance(basis, EigenInverse) and running.s is not None:
             self.inverses[name] = replace(basis, s=running.s.mean)
 
-    def refresh(
-        self,
-        names: Collection[str],
-        damping: float,
-        observations: Mapping[str, Sequence[Observation]],
-    ) -> None:
+    def forget_batch(self) -> None:
+        """Let go of the step's rows a and b."""
+        self._batch = {}
+
+    def refresh(self, names: Collection[str], damping: float) -> None:
         """Invert again, for the named layers and for those that have no inverse yet.
 
         An inversion that fails leaves the last good inverse in place and is counted; without one
@@ -91,13 +92,13 @@ class Curvature:
         for name in self.factors:
             if name in names or name not in self.inverses:
                 try:
-                    self._refresh_layer(name, damping, observations.get(name))
+                    self._refresh_layer(name, damping)
                 except NotPositiveDefinite:
                     self.failed += 1
                     if name not in self.inverses:
                         raise
 
-    def _refresh_layer(self, name: str, damping: float, seen: Sequence[Observation] | None) -> None:
+    def _refresh_layer(self, name: str, damping: float) -> None:
         factors = self.factors[name]
         if self.basis == "factored":
             self.inverses[name] = self._factored(name, damping)
@@ -105,7 +106,7 @@ class Curvature:
         new = eigen_basis(factors.A.mean, factors.B.mean, name)
         old = self.inverses.get(name)
         if factors.s is not None and isinstance(old, EigenInverse):
-            s = self._carried(factors, old, new, seen)
+            s = self._carried(factors, old, new, self._batch.get(name))
             self.factors[name] = replace(factors, s=s)
             new = replace(new, s=s.mean)
         self.inverses[name] = new

@@ -112,6 +112,7 @@ def _eigen(A: Tensor) -> tuple[Tensor, Tensor]:
 # J = Σ J_i. They are kept as A (N, n) and B (N, m, p), one example after the other.
 
 
+@torch.enable_grad()
 def jacobian_blocks(model: nn.Module, layer: nn.Linear | str, x: Tensor) -> tuple[Tensor, Tensor]:
     """A_i and B_i of one nn.Linear in any network: A (N, d_in), B (N, d_out, p).
 
@@ -170,8 +171,7 @@ def _watched_forward(
 
     handle = linear.register_forward_hook(watch, with_kwargs=True)
     try:
-        with torch.enable_grad():
-            z = model(x)
+        z = model(x)
     finally:
         handle.remove()
     if len(calls) != 1:

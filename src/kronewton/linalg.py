@@ -62,15 +62,14 @@ def symmetric_eigen(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
     Retries in float64 if LAPACK gives up. Raises NotPositiveDefinite, naming the factor, if the
     matrix is not finite or no attempt converges.
     """
+    _require_finite(matrix, name)  # LAPACK may return numbers for a matrix with NaN in it
     for attempt in (matrix, matrix.double()):
         try:
             s, U = torch.linalg.eigh(attempt)
         except RuntimeError:  # LinAlgError derives from it; MKL and cuSOLVER raise either
-            _require_finite(matrix, name)
             continue
         if bool(torch.isfinite(s).all()):
             return s.clamp_min(0).to(matrix.dtype), U.to(matrix.dtype)
-    _require_finite(matrix, name)
     raise NotPositiveDefinite(
         f"the eigendecomposition of {name} did not converge; "
         "use basis='factored' or train this layer in float64."

@@ -16,7 +16,7 @@ from kronewton.coverage import Coverage, Row
 from kronewton.curvature import Curvature, by_layer, due, due_in_turn
 from kronewton.errors import CriterionError, KronewtonWarning, ModelError, StateError
 from kronewton.layers import Layer, find_layers
-from kronewton.options import AUTO, Options, check_criterion
+from kronewton.options import AUTO, Options, check_criterion, check_group
 from kronewton.planner import Plan, Planner
 from kronewton.replay import Replayer
 from kronewton.state import PREFIX, planner_scalars, read_scalars, restore_planner, scalars, split
@@ -165,7 +165,7 @@ class KFAC(Optimizer):
         if planner.settings is None:
             planner.settings = planner.first_settings(parts, gradient)
         names = due_in_turn(self._steps, self.options.inverse_every, list(self._curvature.layers))
-        self._curvature.refresh(names, planner.settings.inverse_damping, seen)
+        self._curvature.refresh(names, planner.settings.inverse_damping)
         plan = planner.plan(self._steps, parts, gradient, self._previous)
         if plan is None:
             self._skip()
@@ -174,6 +174,7 @@ class KFAC(Optimizer):
             self._move(plan)
             if not planner.judge(self._steps, parts, plan):
                 self._take_back()
+        self._curvature.forget_batch()
         self._steps += 1
         watcher.capturing = due(self._steps, self.options.factor_every)
 
@@ -422,6 +423,8 @@ def _checked(params: Iterable[Any], model: nn.Module | None) -> list[Any]:
         )
     given: list[Any] = []
     for group in groups:
+        if isinstance(group, dict):
+            check_group(group)
         entry = group["params"] if isinstance(group, dict) else group
         given += [entry] if isinstance(entry, Tensor) else list(entry)
     if model is not None:

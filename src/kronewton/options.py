@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,7 @@ class Options:
         _choice("basis", self.basis, BASES)
         for name in ("factor_every", "inverse_every", "adapt_every", "draws"):
             _count(name, getattr(self, name), 1)
+        _count("seed", self.seed, 0)
         _count("refine", self.refine, 0)
         if self.refine:
             raise UnsupportedError(
@@ -65,6 +67,13 @@ class Options:
     def any_automatic(self) -> bool:
         """Whether something is chosen by the quadratic model."""
         return AUTO in (self.lr, self.momentum, self.damping) or self.trust_region is not None
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """A parameter group's own options: numbers, in automatic runs too, where lr is a factor."""
+    for name in ("lr", "weight_decay"):
+        if name in group:
+            _number(name, group[name], 0.0)
 
 
 def check_criterion(criterion: Any, fisher: str) -> None:

@@ -100,7 +100,7 @@ class Planner:
         best = (math.inf, FIRST_TRIALS[0] * self.curvature.scale)
         for trial in FIRST_TRIALS:
             damping = trial * self.curvature.scale
-            self.curvature.refresh(self.curvature.factors, damping, {})
+            self.curvature.refresh(self.curvature.factors, damping)
             direction = self.direct(damping)
             subspace = model.subspace(gradient, [model.line(direction)])
             if not subspace.finite():
@@ -250,7 +250,7 @@ class Planner:
         # Worse by more than it promised to be better.
         raised = max(self.settings.damping, self.settings.inverse_damping) * 10
         self.settings = replace(self.settings, damping=raised, inverse_damping=raised)
-        self.curvature.refresh(self.curvature.factors, raised, {})
+        self.curvature.refresh(self.curvature.factors, raised)
         self.undone += 1
         return False
 
@@ -293,7 +293,9 @@ def _rounding(parts: Sequence[Part]) -> float:
 
 def _rerunnable(part: Part) -> bool:
     """Whether the model can be run again, as the criterion saw it."""
-    return part.call is not None and (part.bridge is None or part.bridge.linear)
+    if part.call is None or not part.call.intact():
+        return False
+    return part.bridge is None or part.bridge.linear
 
 
 def _guarded(direction: list[Tensor]) -> list[Tensor]:

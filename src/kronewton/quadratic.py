@@ -19,6 +19,7 @@ from torch import Tensor
 from kronewton.losses import OutputCurvature
 from kronewton.replay import Bridge, ModelCall, Path, Replayer
 
+FORWARD_MODE = ("forward AD", "forward mode AD", "forward-mode")  # in torch's errors about it
 Vector = Sequence[Tensor]  # one tensor for each trained parameter
 
 
@@ -163,7 +164,7 @@ class QuadraticModel:
         try:
             return self._dual(term, direction)
         except (RuntimeError, NotImplementedError) as error:
-            if "forward AD" not in str(error) and "forward-mode" not in str(error):
+            if not any(words in str(error) for words in FORWARD_MODE):
                 raise
             self.replayer.without_forward_mode = str(error).split(".")[0]
         return self._double_backward(term, direction)

@@ -22,6 +22,11 @@ class ModelCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     random_state: tuple[Tensor, list[Tensor]]
+    versions: list[int] | None = None  # of the arguments, None: not to be checked
+
+    def intact(self) -> bool:
+        """Whether the arguments still hold the batch: a loop may load the next one into them."""
+        return self.versions is None or self.versions == versions((self.args, self.kwargs))
 
 
 class Replayer:
@@ -115,6 +120,11 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
             yield from leaves(item, (*path, index))
 
 
+def versions(value: Any) -> list[int]:
+    """How often each tensor in a nest has been changed in place."""
+    return [tensor._version for _, tensor in leaves(value)]
+
+
 def follow(value: Any, path: Path) -> Tensor:
     """The tensor at a path that `leaves` gave."""
     for key in path:
@@ -137,8 +147,8 @@ class Bridge:
             output, source, self._u, create_graph=True, materialize_grads=True
         )
         # Nonlinear, and another output of the model could not be carried to the criterion.
-        self.linear = self._pulled.requires_grad and torch.equal(
-            self.push(source.detach()), output.detach()
+        self.linear = self._pulled.requires_grad and torch.allclose(
+            self.push(source.detach()), output.detach(), rtol=1e-5, atol=0
         )
 
     def push(self, tangent: Tensor) -> Tensor:

@@ -38,7 +38,6 @@ DEMO_RIVALS = ("kfac", "sgd", "adamw", "soap")
 DEMO_GRID = 6
 
 app = typer.Typer(
-    help="K-FAC as a Newton step: check the mathematics, train, compare.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -70,6 +69,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+@app.callback()
+def options_of_all(
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; default: torch's.")
+    ] = None,
+) -> None:
+    """K-FAC as a Newton step: check the mathematics, train, compare."""
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 @app.command("verify")
@@ -180,6 +190,7 @@ def step_cost_command(
     tasks: Annotated[list[str] | None, typer.Argument(metavar="[TASK]...")] = None,
     chunks: Annotated[int, typer.Option(min=2, help="Chunks of steps to take in turn.")] = 15,
     data: Data = None,
+    out: Out = None,
     device: Device = "cpu",
     seed: Seed = 0,
     json: Json = None,
@@ -189,7 +200,7 @@ def step_cost_command(
     The tasks are digits-mlp and digits-autoencoder if none is named; mnist-autoencoder is its
     small network.
     """
-    _check_files(None, json)
+    _check_files(out, json)
     costs = []
     for name in tasks or ["digits-mlp", "digits-autoencoder"]:
         options = Options(data=data, small=True) if name == "mnist-autoencoder" else None
@@ -197,6 +208,9 @@ def step_cost_command(
     print("K-FAC's step, nothing set, as a multiple of another optimizer's")
     display.output().print(bench.cost_table(costs))
     _write(json, costs)
+    if out is not None:
+        plots.cost_plot(costs, out / "step-cost.png")
+        _write(out / "step-cost.json", costs)
 
 
 @app.command("demo")
@@ -208,8 +222,10 @@ def demo_command(
     seed: Seed = 0,
     json: Json = None,
 ) -> None:
-    """Check the note, then race K-FAC against tuned rivals on handwritten digits."""
+    """Check the note, then race K-FAC against tuned rivals on handwritten digits, on one thread."""
     _check_files(out, json)
+    # Matrices this small gain nothing from a second thread, and wait for it when it is taken.
+    torch.set_num_threads(1)
     results = verify.run(seed, _device(device))
     good = sum(result.passed for result in results)
     print(f"{good} of the note's {len(results)} identities hold within their bounds.")

@@ -16,7 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kronewton.errors import DataError
+from kronewton.lab.bench import StepCost
 from kronewton.lab.contest import Board, Plan
+from kronewton.lab.rivals import find_rival
 from kronewton.lab.tasks import Task
 from kronewton.lab.training import Record
 
@@ -82,6 +84,22 @@ def run_plot(task: Task, label: str, name: str, records: Sequence[Record], path:
         ax.legend(frameon=False, fontsize=9)
     axes[1].set(xlabel="steps")
     _title(figure, task, label)
+    _save(figure, path)
+
+
+def cost_plot(costs: Sequence[StepCost], path: Path) -> None:
+    """K-FAC's step as a multiple of the others', median and quartiles, a line per task and base."""
+    figure, ax = plt.subplots(figsize=(7, 0.9 + 0.4 * len(costs)), layout="constrained")
+    for row, cost in enumerate(reversed(costs)):
+        ax.plot((cost.low, cost.high), (row, row), color=COLOURS[cost.base], linewidth=5, alpha=0.3)
+        ax.plot(cost.ratio, row, "o", color=COLOURS[cost.base])
+    names = [f"{cost.task}, {find_rival(cost.base).label}" for cost in reversed(costs)]
+    ax.set_yticks(range(len(costs)), names)
+    ax.set(xlim=(0, None), ylim=(-0.6, len(costs) - 0.4))
+    ax.set_xlabel("a K-FAC step, nothing set, in steps of the other", fontsize=9, color=INK)
+    ax.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(colors=INK, labelsize=9)
     _save(figure, path)
 
 

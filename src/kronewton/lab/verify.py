@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from rich.markup import escape
@@ -92,7 +93,8 @@ class Source:
         normal = torch.randn(rows, columns, generator=self.generator, dtype=F64)
         s = 0.5 + 1.5 * torch.rand(min(rows, columns), generator=self.generator, dtype=F64)
         U, _, Vh = torch.linalg.svd(normal, full_matrices=False)
-        return (U * s @ Vh).to(self.device)
+        matrix: Tensor = (U * s) @ Vh
+        return matrix.to(self.device)
 
     def uniform(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self.generator, dtype=F64).to(self.device)
@@ -343,59 +345,78 @@ class Residual(nn.Module):
 
 @dataclass(frozen=True)
 class Problem:
-    """A network with a loss and one batch."""
+    """A network with a loss and one batch. A layer's W has its bias as last column."""
 
     model: nn.Module
     criterion: nn.Module
     x: Tensor  # (N, d)
     y: Tensor
 
-    def loss_of(self, layer: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-        """The loss as a function of one layer's W, and that W."""
-        key = f"{layer}.weight"
+    @property
+    def layers(self) -> list[str]:
+        """The names of the linear layers, in their order."""
+        return [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear)]
 
-        def loss(W: Tensor) -> Tensor:
-            out: Tensor = self.criterion(functional_call(self.model, {key: W}, (self.x,)), self.y)
-            return out
+    def output_of(self, layer: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """The network's output as a function of one layer's W, and that W."""
 
-        return loss, self.model.get_parameter(key).detach()
+        def output(W: Tensor) -> Tensor:
+            replaced = {f"{layer}.weight": W[:, :-1], f"{layer}.bias": W[:, -1]}
+            z: Tensor = functional_call(self.model, replaced, (self.x,))
+            return z
+
+        return output, matrix(self.model, layer)
+
+    def loss(self, z: Tensor) -> Tensor:
+        """J of an output of the network."""
+        J: Tensor = self.criterion(z, self.y)
+        return J
+
+    def gradient(self, layer: str) -> Tensor:
+        """Autograd's G of one layer, (m, n)."""
+        output, W = self.output_of(layer)
+        return autograd_gradient(lambda W: self.loss(output(W)), W).detach()
 
     def hessian(self, layer: str) -> Tensor:
-        """Autograd's Hessian block of W, (mn, mn)."""
-        return autograd_hessian(*self.loss_of(layer))
+        """Autograd's Hessian block of one layer, (mn, mn)."""
+        output, W = self.output_of(layer)
+        return autograd_hessian(lambda W: self.loss(output(W)), W)
 
     def gauss_newton(self, layer: str) -> Tensor:
-        """J'ΛJ of W, with J and Λ from autograd and all examples in one matrix, (mn, mn)."""
-        W = self.model.get_parameter(f"{layer}.weight").detach()
+        """J'ΛJ of one layer, all examples in one J, (mn, mn)."""
+        output, W = self.output_of(layer)
+        m, n = W.shape
+        J: Tensor = torch.autograd.functional.jacobian(
+            lambda w: output(note.unvec(w, m, n)).flatten(), note.vec(W)
+        )  # (Np, mn)
+        H: Tensor = J.T @ self._output_hessian().reshape(len(J), len(J)) @ J
+        return H
 
-        def network(w: Tensor) -> Tensor:
-            replaced = {f"{layer}.weight": note.unvec(w, *W.shape)}
-            out: Tensor = functional_call(self.model, replaced, (self.x,))
-            return out.flatten()
-
-        J: Tensor = torch.autograd.functional.jacobian(network, note.vec(W))  # (Np, mn)
-        size = len(J)
-        return J.T @ self._output_hessian().reshape(size, size) @ J
+    @property
+    def damping(self) -> float:
+        """A λ between the curvatures that the layers have, in units of the loss."""
+        return 0.01 * float(torch.einsum("nono->", self._output_hessian()))
 
     def _output_hessian(self) -> Tensor:
-        z = self.model(self.x).detach()
-        H: Tensor = torch.autograd.functional.hessian(lambda z: self.criterion(z, self.y), z)
+        H: Tensor = torch.autograd.functional.hessian(self.loss, self.model(self.x).detach())
         return H  # (N, p, N, p)
 
     def blocks(self, layer: str) -> tuple[Tensor, Tensor, Tensor]:
-        """A_i, B_i and Λ_i."""
+        """A_i with the bias's entry 1, B_i and Λ_i."""
         A, B = note.jacobian_blocks(self.model, layer, self.x)
-        return A, B, self._output_hessian().diagonal(dim1=0, dim2=2).movedim(-1, 0)
-
-    @property
-    def layers(self) -> list[str]:
-        """The names of its linear layers, the first first."""
-        return [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear)]
+        Lambda = self._output_hessian().diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (N, p, p)
+        return torch.cat([A, torch.ones_like(A[:, :1])], 1), B, Lambda
 
     def repeated(self, times: int) -> Problem:
         """The same with every example several times."""
         x, y = (torch.cat([t] * times) for t in (self.x, self.y))
         return Problem(self.model, self.criterion, x, y)
+
+
+def matrix(model: nn.Module, layer: str) -> Tensor:
+    """W of one layer, its bias the last column, (m, n)."""
+    weight, bias = (model.get_parameter(f"{layer}.{name}") for name in ("weight", "bias"))
+    return torch.cat([weight, bias.unsqueeze(1)], 1).detach()
 
 
 def network(source: Source, widths: Sequence[int], kind: Callable[[], nn.Module]) -> nn.Sequential:
@@ -435,7 +456,7 @@ def problems(
 
 
 PIECEWISE = (nn.ReLU, nn.LeakyReLU, nn.Hardtanh)
-SMOOTH = (nn.Tanh, nn.Sigmoid, nn.GELU)
+SMOOTH = (nn.Tanh, nn.Sigmoid)
 CRITERIA = (
     nn.MSELoss(),
     nn.MSELoss(reduction="sum"),
@@ -523,8 +544,8 @@ def _worst_layer(problem: Problem) -> float:
 
 @check(SECTION_2, "… not exact for any other batch: the distance of K-FAC", APART)
 def _kronecker_otherwise(source: Source) -> Iterator[float]:
-    # No ReLU: behind dead ones a single example can be left, and that is exact.
-    yield from map(_worst_layer, problems(source, [nn.LeakyReLU, nn.Tanh], CRITERIA))
+    # Nothing piecewise linear: few examples may share a region, and in it K-FAC is exact.
+    yield from map(_worst_layer, problems(source, SMOOTH, CRITERIA))
 
 
 @check(SECTION_2, "… nor for a deep linear net with softmax", APART)
@@ -541,3 +562,228 @@ def _counts(source: Source) -> Iterator[float]:
             once, twice = problem.blocks(layer), problem.repeated(2).blocks(layer)
             for block in (note.hessian_block, note.kronecker_block):
                 yield distance(block(*twice), factor * block(*once))
+
+
+# The losses: Λ is what everything else is scaled by.
+
+LOSSES = "Losses: Λ in the output"
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A criterion at one output."""
+
+    criterion: nn.Module
+    z: Tensor
+    targets: tuple[Tensor, ...]
+
+    def hessian(self) -> Tensor:
+        """Autograd's, over the flattened output."""
+        z, targets = self.z, self.targets
+        H: Tensor = torch.autograd.functional.hessian(lambda z: self.criterion(z, *targets), z)
+        return H.reshape(z.numel(), z.numel())
+
+
+def class_losses(source: Source, reduction: str) -> Iterator[Loss]:
+    """Cross-entropy with classes, masks, class weights, smoothing and soft targets."""
+    for N, C, *positions in ((6, 4), (1, 3), (3, 4, 2), (2, 3, 2, 2)):
+        z, soft = source.normal(N, C, *positions), source.uniform(N, C, *positions)
+        y, weight = source.classes(C, N, *positions), source.uniform(C) + 0.1
+        masked = y.clone()
+        masked[1:2] = -100
+        for given, smoothing in ((None, 0.0), (weight, 0.0), (weight, 0.2)):
+            criterion = nn.CrossEntropyLoss(given, reduction=reduction, label_smoothing=smoothing)
+            for target in (y, masked, soft):
+                yield Loss(criterion, z, (target,))
+
+
+def element_losses(source: Source, reduction: str) -> Iterator[Loss]:
+    """The losses of single numbers."""
+    for shape in ((6, 3), (1, 4), (5,), (2, 3, 2)):
+        z, y = source.normal(*shape), source.uniform(*shape)
+        weight, positive = source.uniform(*shape), source.uniform(shape[-1])
+        yield Loss(nn.MSELoss(reduction=reduction), z, (y,))
+        yield Loss(nn.BCEWithLogitsLoss(reduction=reduction), z, (y,))
+        both = nn.BCEWithLogitsLoss(weight, pos_weight=positive, reduction=reduction)
+        yield Loss(both, z, (y,))
+        yield Loss(nn.PoissonNLLLoss(reduction=reduction), z, (3 * y,))
+        rate = nn.PoissonNLLLoss(log_input=False, reduction=reduction)
+        yield Loss(rate, z.exp(), (3 * y,))
+        yield Loss(nn.GaussianNLLLoss(reduction=reduction), z, (y, weight + 0.1))
+
+
+def loss_cases(source: Source) -> Iterator[Loss]:
+    """Every loss that has a closed form, in both reductions."""
+    for reduction in ("mean", "sum"):
+        yield from class_losses(source, reduction)
+        yield from element_losses(source, reduction)
+
+
+@check(LOSSES, "Σ uu' over the columns u of √Λ is autograd's Hessian")
+def _columns(source: Source) -> Iterator[float]:
+    for case in loss_cases(source):
+        columns = kn.losses.curvature(case.criterion, case.z, *case.targets).columns()
+        u = torch.stack(list(columns)).flatten(2 if case.z.dim() > 1 else 1)
+        u = u.reshape(len(u), len(case.z), -1)  # (V, N, p): one column serves all examples
+        found = torch.block_diag(*torch.einsum("vno,vnp->nop", u, u))
+        yield distance(found, case.hessian())
+
+
+@check(LOSSES, "Λv is autograd's Hessian times v")
+def _products(source: Source) -> Iterator[float]:
+    for case in loss_cases(source):
+        v = source.normal(*case.z.shape)
+        found = kn.losses.curvature(case.criterion, case.z, *case.targets).product(v)
+        yield distance(found.flatten(), case.hessian() @ v.flatten())
+
+
+@check(LOSSES, "NLLLoss after log-softmax is cross-entropy")
+def _likelihood(source: Source) -> Iterator[float]:
+    for weight in (None, source.uniform(4) + 0.1):
+        for N, *positions in ((6,), (3, 2), (2, 2, 2)):
+            z, y = source.normal(N, 4, *positions), source.classes(4, N, *positions)
+            x = z.log_softmax(1)
+            J: Tensor = torch.autograd.functional.jacobian(lambda z: z.log_softmax(1), z)
+            J = J.reshape(z.numel(), z.numel())
+            Lambda = kn.losses.curvature(nn.NLLLoss(weight), x, y)
+            Lambda_J = [Lambda.product(v.reshape(x.shape)).flatten() for v in J.T]
+            expected = Loss(nn.CrossEntropyLoss(weight), z, (y,)).hessian()
+            yield distance(J.T @ torch.stack(Lambda_J, 1), expected)
+
+
+# The optimizer, from outside: its first steps with everything automatic switched off.
+
+KFAC = "K-FAC, as the library takes it"
+
+
+def taken(
+    problem: Problem,
+    parts: Sequence[slice] = (slice(None),),
+    factor: float = 1.0,
+    steps: int = 1,
+) -> dict[str, Tensor]:
+    """What some K-FAC steps add to every layer's W.
+
+    The batch is given in parts; the factor multiplies the loss and the damping.
+    """
+    model, criterion = copy.deepcopy(problem.model), problem.criterion
+    optimizer = kn.KFAC(
+        model,
+        criterion,
+        lr=1.0,
+        momentum=0.0,
+        damping=factor * problem.damping,
+        trust_region=None,
+        weight_decay=0.0,
+        fisher="exact",
+        basis="eigen",
+        factor_every=1,
+        inverse_every=1,
+    )
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for part in parts:
+            x, y = problem.x[part], problem.y[part]
+            share = 1.0 if criterion.reduction == "sum" else len(x) / len(problem.x)
+            (factor * share * criterion(model(x), y)).backward()
+        optimizer.step()
+    optimizer.close()
+    return {k: matrix(model, k) - matrix(problem.model, k) for k in problem.layers}
+
+
+def from_block(problem: Problem, layer: str, step: Tensor, block: Tensor) -> float:
+    """Distance of a step from −(block + λI)⁻¹vec(G)."""
+    G = problem.gradient(layer)
+    exact = -note.unvec(_damped_solve(block, problem.damping, note.vec(G)), *G.shape)
+    return distance(step, exact, matrix(problem.model, layer))
+
+
+@check(KFAC, "the first step is −(B ⊗ A + λI)⁻¹g")
+def _first_step(source: Source) -> Iterator[float]:
+    for problem in problems(source, [nn.ReLU, nn.Tanh], CRITERIA):
+        for layer, step in taken(problem).items():
+            block = note.kronecker_block(*problem.blocks(layer))
+            yield from_block(problem, layer, step, block)
+
+
+def _from_gauss_newton(problem: Problem) -> Iterator[float]:
+    """Distance of the first step from the dense damped Gauss-Newton step, layer by layer."""
+    for layer, step in taken(problem).items():
+        yield from_block(problem, layer, step, problem.gauss_newton(layer))
+
+
+@check(KFAC, "deep linear, squared error: it is the dense Gauss-Newton step −(J'ΛJ + λI)⁻¹g")
+def _exact_deep_linear(source: Source) -> Iterator[float]:
+    for problem in problems(source, [nn.Identity], CRITERIA[:2]):
+        yield from _from_gauss_newton(problem)
+
+
+@check(KFAC, "a batch of one, or N copies of it, any nonlinearity and loss: it is, too")
+def _exact_one(source: Source) -> Iterator[float]:
+    for one in problems(source, [nn.ReLU, nn.Tanh], CRITERIA, count=1):
+        for problem in (one, one.repeated(4)):
+            yield from _from_gauss_newton(problem)
+
+
+@check(KFAC, "other batches: it is not", APART)
+def _not_exact(source: Source) -> Iterator[float]:
+    for problem in problems(source, SMOOTH, CRITERIA):
+        yield max(_from_gauss_newton(problem))
+
+
+def _after_three(problem: Problem, changed: Problem, **how: Any) -> float:
+    """How far three steps taken in two ways are apart."""
+    one, other = taken(problem, steps=3), taken(changed, steps=3, **how)
+    return max(distance(other[layer], one[layer]) for layer in one)
+
+
+MEANS = (nn.MSELoss(), nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss())
+
+
+@check(KFAC, "three steps: the batch given twice changes nothing", STEPS)
+def _duplicated(source: Source) -> Iterator[float]:
+    for problem in problems(source, [nn.Tanh], MEANS):
+        yield _after_three(problem, problem.repeated(2))
+
+
+@check(KFAC, "three steps: micro-batches of 2 + 4, of 3 + 3, of 1 + 2 + 3 are the batch", STEPS)
+def _micro_batches(source: Source) -> Iterator[float]:
+    for problem in problems(source, [nn.Tanh], CRITERIA):
+        for cuts in ((0, 2, 6), (0, 3, 6), (0, 1, 3, 6)):
+            parts = [slice(*pair) for pair in pairwise(cuts)]
+            yield _after_three(problem, problem, parts=parts)
+
+
+@check(KFAC, "three steps: the loss and λ times c change nothing", STEPS)
+def _scaled(source: Source) -> Iterator[float]:
+    for problem in problems(source, [nn.Tanh], CRITERIA):
+        for c in (0.01, 7.0):
+            yield _after_three(problem, problem, factor=c)
+
+
+@check(KFAC, "a masked example is as if it were not there")
+def _masked(source: Source) -> Iterator[float]:
+    for problem in problems(source, [nn.Tanh], [nn.CrossEntropyLoss()]):
+        y = problem.y.clone()
+        y[:2] = -100
+        masked = Problem(problem.model, problem.criterion, problem.x, y)
+        cut = Problem(problem.model, problem.criterion, problem.x[2:], y[2:])
+        expected = taken(cut)
+        yield from (distance(step, expected[layer]) for layer, step in taken(masked).items())
+
+
+@check(
+    KFAC, "linear regression, λ = 1e-10, automatic step: one step is least squares", AtMost(1e-5)
+)
+def _regression(source: Source) -> Iterator[float]:
+    scales = torch.logspace(0, math.log10(0.03), 7, dtype=F64, device=source.device)
+    for outputs in (1, 3):
+        x, model = source.normal(200, 7) * scales, network(source, (7, outputs), nn.Identity)
+        y = x @ source.normal(7, outputs) + 0.5 + 0.1 * source.normal(200, outputs)
+        criterion = nn.MSELoss()
+        optimizer = kn.KFAC(model, criterion, damping=1e-10, basis="eigen", fisher="exact")
+        criterion(model(x), y).backward()
+        optimizer.step()
+        optimizer.close()
+        best = torch.linalg.lstsq(torch.cat([x, torch.ones_like(x[:, :1])], 1), y).solution
+        yield distance(matrix(model, "0"), best.T)
