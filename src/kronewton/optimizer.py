@@ -18,6 +18,7 @@ from kronewton.errors import CriterionError, KronewtonWarning, ModelError, State
 from kronewton.layers import Layer, find_layers
 from kronewton.options import AUTO, Options, check_criterion, check_group
 from kronewton.planner import Plan, Planner
+from kronewton.quadratic import flattened
 from kronewton.replay import Replayer
 from kronewton.state import PREFIX, planner_scalars, read_scalars, restore_planner, scalars, split
 
@@ -42,7 +43,8 @@ class KFAC(Optimizer):
     sharing: how a weight used at several positions is approximated: "expand" or "reduce".
     basis: "factored" (π-damped factors), "eigen" ((B ⊗ A + damping·I)⁻¹ exactly) or "corrected"
         (the same with the exact block's diagonal in that basis, EKFAC).
-    factor_every, inverse_every: steps between renewals; adapt_every: between damping decisions.
+    factor_every, inverse_every: steps between renewals ("auto": 5 and 20, with noise 10 and 40);
+        adapt_every: between decisions on the damping.
     factor_decay: weight of the running factors against one new batch.
     draws: backward passes for "sampled". seed: of the draws' own random generator.
     fallback_lr: of the AdamW that trains parameters of uncovered kinds, see `coverage()`.
@@ -66,8 +68,8 @@ class KFAC(Optimizer):
         sharing: str = "expand",
         basis: str = "factored",
         refine: int = 0,
-        factor_every: int = 5,
-        inverse_every: int = 20,
+        factor_every: int | str = AUTO,
+        inverse_every: int | str = AUTO,
         adapt_every: int = 5,
         factor_decay: float = 0.95,
         draws: int = 1,
@@ -161,10 +163,11 @@ class KFAC(Optimizer):
         planner.look_back(parts)
         seen = by_layer((part.statistics, part.weight) for part in parts)
         self._curvature.learn(seen)
-        gradient = [_gradient(p) for p in self._parameters]
+        gradient = flattened([_gradient(p) for p in self._parameters])
         if planner.settings is None:
             planner.settings = planner.first_settings(parts, gradient)
-        names = due_in_turn(self._steps, self.options.inverse_every, list(self._curvature.layers))
+        factor_every, inverse_every = planner.intervals()
+        names = due_in_turn(self._steps, inverse_every, list(self._curvature.layers))
         self._curvature.refresh(names, planner.settings.inverse_damping)
         plan = planner.plan(self._steps, parts, gradient, self._previous)
         if plan is None:
@@ -176,7 +179,7 @@ class KFAC(Optimizer):
                 self._take_back()
         self._curvature.forget_batch()
         self._steps += 1
-        watcher.capturing = due(self._steps, self.options.factor_every)
+        watcher.capturing = due(self._steps, factor_every)
 
     def _required(self, watcher: Watcher) -> list[Part]:
         """The parts of this step, or a sentence that says why there is none."""

@@ -30,8 +30,8 @@ class Options:
     sharing: str
     basis: str
     refine: int
-    factor_every: int
-    inverse_every: int
+    factor_every: int | str
+    inverse_every: int | str
     adapt_every: int
     factor_decay: float
     draws: int
@@ -49,7 +49,9 @@ class Options:
         _choice("fisher", self.fisher, FISHERS)
         _choice("sharing", self.sharing, SHARINGS)
         _choice("basis", self.basis, BASES)
-        for name in ("factor_every", "inverse_every", "adapt_every", "draws"):
+        for name in ("factor_every", "inverse_every"):
+            _count(name, getattr(self, name), 1, auto=True)
+        for name in ("adapt_every", "draws"):
             _count(name, getattr(self, name), 1)
         _count("seed", self.seed, 0)
         _count("refine", self.refine, 0)
@@ -109,9 +111,12 @@ def _number(name: str, value: Any, least: float, *, auto: bool = False, none: bo
     raise OptionError(f"{name} must be {' or '.join(allowed)}, not {value!r}.")
 
 
-def _count(name: str, value: Any, least: int) -> None:
+def _count(name: str, value: Any, least: int, *, auto: bool = False) -> None:
+    if auto and value == AUTO:
+        return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise OptionError(f"{name} must be a whole number ≥ {least}, not {value!r}.")
+        or_auto = " or 'auto'" if auto else ""
+        raise OptionError(f"{name} must be a whole number ≥ {least}{or_auto}, not {value!r}.")
 
 
 def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -18,13 +18,15 @@ from kronewton.adapt import FIRST_TRIALS, Fixed, LevenbergMarquardt, Rule, Setti
 from kronewton.capture import Part
 from kronewton.curvature import Curvature, due
 from kronewton.options import AUTO, Options
-from kronewton.quadratic import Line, QuadraticModel, Subspace, Term, inner
+from kronewton.quadratic import Line, QuadraticModel, Subspace, Term, flattened
 from kronewton.replay import Replayer
 
 MOMENTUM = 0.5  # where no quadratic model chooses it
 DAMPING = 10.0  # over the curvature's mean eigenvalue, likewise
 DECREASE = 1e-3  # g'(B ⊗ A + λI)⁻¹g of a step at most, likewise
-NOISY_TRIALS = 2  # times less often is γ tried when one batch says little, for it costs inversions
+FACTOR_EVERY, INVERSE_EVERY = 5, 20  # steps between renewals, without noise
+NOISY_RENEWALS = 2  # times less often where averages have to run over many batches anyway
+NOISY_TRIALS = 4  # times less often is γ tried there, for that costs inversions
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,16 @@ class Planner:
 
     # Before the step.
 
+    def intervals(self) -> tuple[int, int]:
+        """Steps between renewals of the factors and of the inverses."""
+        noisy = self.settings is not None and self.rule.averaging(self.settings) > 0
+        times = NOISY_RENEWALS if noisy else 1
+        factors, inverses = self.options.factor_every, self.options.inverse_every
+        return (
+            FACTOR_EVERY * times if isinstance(factors, str) else factors,
+            INVERSE_EVERY * times if isinstance(inverses, str) else inverses,
+        )
+
     def models(self, parts: Sequence[Part]) -> bool:
         """Whether these parts have a quadratic model, and something is to be chosen with it."""
         return self.options.any_automatic and bool(parts) and all(map(_rerunnable, parts))
@@ -92,7 +104,7 @@ class Planner:
             self.noise = abs(loss_of(parts) - after) / max(abs(change), 1e-30)
         self.outcome = None
 
-    def first_settings(self, parts: Sequence[Part], gradient: list[Tensor]) -> Settings:
+    def first_settings(self, parts: Sequence[Part], gradient: Tensor) -> Settings:
         """Of a ladder of dampings, largest first, the last before the loss gets worse again."""
         if not self.models(parts):
             return Settings(DAMPING * self.curvature.scale, DAMPING * self.curvature.scale)
@@ -117,7 +129,7 @@ class Planner:
         self,
         step: int,
         parts: Sequence[Part],
-        gradient: list[Tensor],
+        gradient: Tensor,
         previous: list[Tensor] | None,
     ) -> Plan | None:
         """Choose the coefficients; None if the gradient or the curvature is not finite."""
@@ -125,12 +137,12 @@ class Planner:
         direction = self.direct(self.settings.inverse_damping)
         if not self.models(parts):
             return self._unmodelled(gradient, direction)
-        model = self._quadratic(parts)
         # When γ is tried, in the whole span: on one line it would be fitted to the line.
         averaging = self.rule.averaging(self.settings)
         every = self.options.adapt_every * (NOISY_TRIALS if averaging else 1)
         trying = self.options.damping == AUTO and due(step, every)
         averaging = 0.0 if trying else averaging
+        model = self._quadratic(parts)
         found = self._candidate(model, gradient, direction, previous, averaging)
         if not found.subspace.finite():
             return None
@@ -146,7 +158,7 @@ class Planner:
     def _candidate(
         self,
         model: QuadraticModel,
-        gradient: list[Tensor],
+        gradient: Tensor,
         direction: list[Tensor],
         previous: list[Tensor] | None,
         averaging: float,
@@ -174,7 +186,7 @@ class Planner:
     def _probe(
         self,
         model: QuadraticModel,
-        gradient: list[Tensor],
+        gradient: Tensor,
         found: Candidate,
     ) -> Candidate:
         """Try a neighbour of γ on this batch, and keep it if the quadratic model falls further."""
@@ -211,13 +223,13 @@ class Planner:
         factor = math.sqrt(bound / bend)
         return [factor * v for v in x], factor
 
-    def _unmodelled(self, gradient: list[Tensor], direction: list[Tensor]) -> Plan | None:
+    def _unmodelled(self, gradient: Tensor, direction: list[Tensor]) -> Plan | None:
         """Fixed rules for what the quadratic model would choose."""
         options = self.options
         momentum = MOMENTUM if isinstance(options.momentum, str) else options.momentum
         if not options.any_automatic:
             return Plan(_guarded(direction), 1.0, momentum)
-        decrease = -float(inner(gradient, direction))
+        decrease = -float(torch.dot(gradient, flattened(direction)))
         if not math.isfinite(decrease):
             return None
         if options.trust_region is None:

@@ -111,6 +111,7 @@ class Line:
     """A direction v and, for each part of the batch, J v and Λ J v at the criterion."""
 
     vector: Vector
+    flat: Tensor  # (all parameters,)
     pushed: list[tuple[Tensor, Tensor]]
 
 
@@ -128,14 +129,15 @@ class QuadraticModel:
 
     def line(self, direction: Vector) -> Line:
         """Push a direction through the linearised model: about two forward passes."""
-        return Line(direction, [self._push(term, direction) for term in self.terms])
+        pushed = [self._push(term, direction) for term in self.terms]
+        return Line(direction, flattened(direction), pushed)
 
-    def subspace(self, gradient: Vector, lines: Sequence[Line]) -> Subspace:
-        """q on the span of the lines, with one synchronisation."""
+    def subspace(self, gradient: Tensor, lines: Sequence[Line]) -> Subspace:
+        """q on the span of the lines, with one synchronisation; the gradient is `flattened`."""
         k = len(lines)
         pairs = [(i, j) for i in range(k) for j in range(i + 1)]
-        numbers = [inner(gradient, line.vector) for line in lines]
-        numbers += [inner(lines[i].vector, lines[j].vector) for i, j in pairs]
+        numbers = [torch.dot(gradient, line.flat) for line in lines]
+        numbers += [torch.dot(lines[i].flat, lines[j].flat) for i, j in pairs]
         numbers += [self._bend(lines[i], lines[j]) for i, j in pairs]
         found = torch.stack([n.double() for n in numbers]).tolist()
         half = len(pairs)
@@ -186,14 +188,14 @@ class QuadraticModel:
             pulled = torch.autograd.grad(
                 output, parameters, u, create_graph=True, materialize_grads=True
             )
-            (Jv,) = torch.autograd.grad(inner(pulled, direction), u)
+            v = list(direction)
+            (Jv,) = torch.autograd.grad(pulled, u, v)
         return Jv
 
 
-def inner(x: Vector, y: Vector) -> Tensor:
-    """x'y over all parameters, ()."""
-    products = [torch.sum(a * b) for a, b in zip(x, y, strict=True)]
-    return torch.stack(products).sum()
+def flattened(vector: Vector) -> Tensor:
+    """All tensors in one: (all parameters,)."""
+    return torch.cat([t.reshape(-1) for t in vector])
 
 
 def _symmetric(lower: list[float], k: int) -> list[list[float]]:
