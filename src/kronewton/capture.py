@@ -12,7 +12,7 @@ import contextlib
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class LayerCall:
     layer: Layer
     a: Tensor  # (N, S, d_in)
     lead: torch.Size  # leading shape of the layer's output
-    edge: GradientEdge | None
+    edge: GradientEdge
     forward: int  # which forward of the model it belongs to
 
 
@@ -57,9 +57,10 @@ class Part:
     _at: OutputCurvature | None = None
 
     @property
-    def key(self) -> tuple[int, int]:
+    def key(self) -> tuple[Any, ...]:
         """The same for two parts if and only if they share one output."""
-        return self.output.data_ptr(), self.output._version
+        place = self.output.data_ptr(), self.output._version
+        return (*place, self.output.shape, self.output.stride())
 
     def curvature(self) -> OutputCurvature:
         """Λ of the criterion at this part's output."""
@@ -81,6 +82,7 @@ class Watcher:
         replays: bool,
     ) -> None:
         self.capturing = True  # statistics are due in this step
+        self._indirect = False  # the criterion was seen on something that the model did not return
         self.replays = replays
         self.layers = {id(layer.module): layer for layer in layers}
         self.fisher, self.sharing = fisher, sharing
@@ -121,6 +123,10 @@ class Watcher:
         self._outputs: list[tuple[int, Tensor, ModelCall, Path]] = []
         self._arrivals: list[tuple[LayerCall, Tensor]] = []
 
+    def discard(self) -> None:
+        """Forget what was committed: its gradients are thrown away."""
+        self.parts, self._arrivals = [], []
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Nothing is watched inside: for replays and for our own calls of the criterion."""
@@ -159,9 +165,15 @@ class Watcher:
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._watching():
             return
+        given = [t for _, t in leaves((args, kwargs)) if t.dim()]
+        if given and all(t.shape[0] == 0 for t in given):
+            raise CriterionError(
+                f"{type(model).__name__} was called on an empty batch, {tuple(given[0].shape)}; a "
+                "batch needs at least one example. Skip it, or set drop_last in the loader."
+            )
         self._forward += 1
-        if self.replays:
-            self._open.append(ModelCall(args, kwargs, random_state(), versions((args, kwargs))))
+        state = random_state() if self.replays else (torch.empty(0), [])
+        self._open.append(ModelCall(args, kwargs, state, versions((args, kwargs))))
         oldest = self._forward - STRAY_FORWARDS
         if self.calls and self.calls[0].forward <= oldest:
             self.calls = [call for call in self.calls if call.forward > oldest]
@@ -186,11 +198,10 @@ class Watcher:
             # The user may put the next batch where this one is; activations stay as they are.
             own = inputs.detach() if inputs.requires_grad else inputs.clone()
             a = layer.kind.input_rows(layer, at_least_float32(own))
-        call = LayerCall(layer, a, output.shape[:-1], None, self._forward)
+        edge = get_gradient_edge(output)
+        call = LayerCall(layer, a, output.shape[:-1], edge, self._forward)
         if self.fisher.rides_along:
             output.register_hook(_Arrival(self, call))
-        else:
-            call.edge = get_gradient_edge(output)
         self.calls.append(call)
 
     # The criterion.
@@ -222,9 +233,13 @@ class Watcher:
             loss = criterion(inner, *targets)
             (gradient,) = torch.autograd.grad(loss, inner)
         part = self._new_part(criterion, output, targets)
-        if part is not None:
-            part.loss = loss.detach()
-            output.register_hook(_Commit(self, part, gradient))
+        if part is None:
+            raise CriterionError(
+                "observe() was given an output that no watched layer of the model leads to. Give "
+                "it what the model that was given to KFAC returns."
+            )
+        part.loss = loss.detach()
+        output.register_hook(_Commit(self, part, gradient))
 
     def _new_part(
         self, criterion: nn.Module, output: Tensor, targets: Sequence[Tensor]
@@ -232,36 +247,42 @@ class Watcher:
         fixed = tuple(t.detach() if isinstance(t, Tensor) else t for t in targets)
         part = Part(criterion, output.detach(), fixed)
         self._locate(part, output)
+        found = self._backpropagate(part, output) if self.capturing else self._indirect
+        if part.call is None and not found:
+            self.foreign += 1
+            return None
         if self.capturing:
-            found = self._backpropagate(part, output)
-            if not found:
-                self.foreign += 1
-                return None
+            self._indirect = part.call is None
         return part
 
     def _locate(self, part: Part, output: Tensor) -> None:
         """Find which output of the model the criterion was given, so that it can be rerun."""
-        for _, tensor, call, path in reversed(self._outputs):
+        for forward, tensor, call, path in reversed(self._outputs):
             if tensor is output:
-                part.call, part.path = call, path
+                part.call, part.path, part.forwards = call, path, frozenset([forward])
                 return
         leading = [
             found
             for found in self._outputs
-            if found[1].requires_grad and _leads_to(found[1], output)
+            if found[1].requires_grad and _leads_to([found[1]], output)
         ]
         if len(leading) == 1:  # of several, one alone would not be the whole Jacobian
-            _, tensor, part.call, part.path = leading[0]
+            forward, tensor, part.call, part.path = leading[0]
             part.bridge = Bridge(tensor, output, part.path)
+            part.forwards = frozenset([forward])
 
     def _backpropagate(self, part: Part, output: Tensor) -> bool:
         """Fill in the part's statistics; False if no watched layer leads to its output."""
         calls = list(self.calls)
         part.batched = not any(len(call.lead) == 0 for call in calls)
-        if self.fisher.rides_along or not calls:
+        edges = [call.edge for call in calls]
+        if not calls:
+            return False
+        if self.fisher.rides_along:
+            if part.call is not None:
+                return True
             part.forwards = frozenset(call.forward for call in calls)
-            return bool(calls)
-        edges = [call.edge for call in calls if call.edge is not None]
+            return _leads_to(edges, output)
         with torch.no_grad():
             weights = part.curvature().weights
         rows: list[Sequence[Tensor | None]] = []
@@ -292,7 +313,7 @@ class Watcher:
         return bool(used)
 
     def _statistics(self, call: LayerCall, b: Tensor, weights: Tensor) -> Statistics:
-        return Statistics(call.a, b, row_weights(weights, call))
+        return Statistics(call.a, b, row_weights(weights, call), call.forward)
 
     # What arrives in the user's own backward pass.
 
@@ -309,20 +330,19 @@ class Watcher:
         self._arrivals.append((call, b))
 
     def _file_arrivals(self) -> None:
-        """Training gradients as rows b: each is weight·ω·∇ℓ, and √ω·∇ℓ is what is wanted.
-
-        Where ω differs between examples its mean is taken, for a gradient cannot be unmixed.
-        """
+        """Training gradients as rows b: each is weight·ω·∇ℓ, and √ω·∇ℓ is what is wanted."""
         for call, b in self._arrivals:
-            part = next((p for p in self.parts if call.forward in p.forwards), None)
-            if part is None or part.weight is None:
+            parts = [p for p in self.parts if call.forward in p.forwards]
+            if not parts or parts[0].weight is None:
                 continue
-            weights = part.curvature().weights
-            # A mean that masked positions leave alone.
-            typical = weights.square().sum() / weights.sum()
-            rows = b / (typical.sqrt() * part.weight)
-            stats = self._statistics(call, rows, weights)
-            part.statistics.setdefault(call.layer.name, []).append(stats)
+            # Of several calls of the criterion on one output only the sum of gradients arrives.
+            together = sum(p.weight for p in parts if p.weight is not None)
+            stats = self._statistics(call, b, parts[0].curvature().weights)
+            root = stats.weights.sqrt() * together * (parts[0].weight / together).sqrt()
+            root = torch.where(root > 0, root, torch.inf)  # masked rows stay zero
+            rows = b / (root if root.dim() == 0 else root.unsqueeze(-1))
+            filed = replace(stats, b=rows)
+            parts[0].statistics.setdefault(call.layer.name, []).append(filed)
 
     def _unwatched_part(self) -> list[Part]:
         """All gradients that arrived without a criterion, as one part.
@@ -444,20 +464,26 @@ def row_weights(weights: Tensor, call: LayerCall) -> Tensor:
 
 
 def joined(calls: list[Statistics]) -> list[Statistics]:
-    """Calls of one layer in one forward pass as one: its examples at more positions.
+    """A layer's calls in one forward pass as one: its examples at more positions.
 
-    Calls with different numbers of examples stay apart.
+    Calls with different numbers of examples stay apart, and so do different forward passes.
     """
+    groups: dict[tuple[int, int, int], list[Statistics]] = {}
+    for stats in calls:
+        key = (stats.forward, stats.a.shape[0], stats.b.shape[0])
+        groups.setdefault(key, []).append(stats)
+    return [_joined(group) for group in groups.values()]
+
+
+def _joined(calls: list[Statistics]) -> Statistics:
     first = calls[0]
-    N, V = first.a.shape[0], first.b.shape[0]
-    if len(calls) == 1 or any(s.a.shape[0] != N or s.b.shape[0] != V for s in calls):
-        return calls
-    if all(s.weights.dim() == 0 for s in calls):
-        weights = first.weights
-    else:
+    if len(calls) == 1:
+        return first
+    weights = first.weights
+    if any(s.weights.dim() for s in calls):
         weights = torch.cat([s.weights.expand(s.a.shape[:2]) for s in calls], 1)
     a, b = torch.cat([s.a for s in calls], 1), torch.cat([s.b for s in calls], 2)
-    return [Statistics(a, b, weights)]
+    return Statistics(a, b, weights, first.forward)
 
 
 def reduced(stats: Statistics) -> Statistics:
@@ -468,11 +494,11 @@ def reduced(stats: Statistics) -> Statistics:
     S = stats.a.shape[1]
     b = stats.b.sum(2, keepdim=True)  # (V, N, 1, d_out)
     if stats.weights.dim() == 0:
-        return Statistics(stats.a.mean(1, keepdim=True), b, stats.weights * S)
+        return Statistics(stats.a.mean(1, keepdim=True), b, stats.weights * S, stats.forward)
     share = stats.weights.sum(1, keepdim=True)  # (N, 1)
     safe = torch.where(share > 0, share, torch.ones_like(share))
     a = torch.einsum("nsi,ns->ni", stats.a, stats.weights / safe).unsqueeze(1)  # (N, 1, d_in)
-    return Statistics(a, b, share)
+    return Statistics(a, b, share, stats.forward)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -505,11 +531,16 @@ def _arguments(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     return given
 
 
-def _leads_to(source: Tensor, output: Tensor) -> bool:
-    (gradient,) = torch.autograd.grad(
-        output, source, torch.zeros_like(output), retain_graph=True, allow_unused=True
+def _leads_to(sources: Sequence[Tensor | GradientEdge], output: Tensor) -> bool:
+    zeros = torch.zeros_like(output)
+    found = torch.autograd.grad(
+        output,
+        list(sources),  # type: ignore[arg-type]  # torch takes a mixture
+        zeros,
+        retain_graph=True,
+        allow_unused=True,
     )
-    return gradient is not None
+    return any(gradient is not None for gradient in found)
 
 
 def _remove(handles: list[Any]) -> None:

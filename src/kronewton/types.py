@@ -34,3 +34,4 @@ class Statistics:
     a: Tensor  # (N, S, d_in)
     b: Tensor  # (V, N, S, d_out), scaled so that the sum of all outer products estimates B
     weights: Tensor  # (N, S) weight of each row in the loss, or (): the same for all rows
+    forward: int = 0  # of the model; a layer's calls within one are positions of the same examples

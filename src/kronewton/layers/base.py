@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -53,7 +54,8 @@ def rows_of(tensor: Tensor) -> Tensor:
     """A tensor (N, *positions, d), or (d,) without a batch, as (N, S, d)."""
     if tensor.dim() == 1:
         return tensor.reshape(1, 1, -1)
-    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
+    # Not −1: an empty batch leaves it undefined.
+    return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:-1]), tensor.shape[-1])
 
 
 def with_bias_entry(rows: Tensor) -> Tensor:
