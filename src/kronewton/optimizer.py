@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kronewton.capture import Fisher, Part, Watcher
+from kronewton.capture import Fisher, Part, Watcher, at_least_float32
 from kronewton.coverage import Coverage, Row
 from kronewton.curvature import Curvature, by_layer, due, due_in_turn
 from kronewton.errors import CriterionError, KronewtonWarning, ModelError, StateError
 from kronewton.layers import Layer, find_layers
-from kronewton.options import AUTO, Options, check_criterion, check_group
+from kronewton.options import AUTO, BASES, Options, check_criterion, check_group
 from kronewton.planner import Plan, Planner
 from kronewton.quadratic import flattened
 from kronewton.replay import Replayer
@@ -84,6 +84,11 @@ class KFAC(Optimizer):
         )  # fmt: skip
         check_criterion(criterion, fisher)
         if isinstance(params, nn.Module):
+            if model is not None and model is not params:
+                raise ModelError(
+                    f"two models were given, {type(params).__name__} first and model="
+                    f"{type(model).__name__}; give one, or parameters and their model."
+                )
             model, params = params, [p for p in params.parameters() if p.requires_grad]
         first_lr = 1.0 if isinstance(lr, str) else lr
         groups = _checked(params, model)
@@ -98,7 +103,8 @@ class KFAC(Optimizer):
 
     def _watch(self, model: nn.Module | None, criterion: nn.Module | None) -> None:
         """Find the layers to cover, hook them, and start with no curvature known."""
-        all_parameters = [p for group in self.param_groups for p in group["params"]]
+        listed = [p for group in self.param_groups for p in group["params"]]
+        all_parameters = [p for p in listed if p.requires_grad]
         ids = {id(p) for p in all_parameters}
         layers, self._reasons = find_layers(model, ids) if model is not None else ([], {})
         covered = {id(p) for layer in layers for p in layer.parameters().values()}
@@ -131,6 +137,7 @@ class KFAC(Optimizer):
         self._previous: list[Tensor] | None = None
         self._plan: Plan | None = None
         self._steps = self._skipped = 0
+        self._just_skipped = False
         self._said: set[str] = set()
 
     def _make_fallback(self, parameters: list[Tensor]) -> torch.optim.AdamW | None:
@@ -150,7 +157,10 @@ class KFAC(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if all(p.grad is None for p in self._all):
+            if self._watcher is not None and self._watcher.foreign:
+                self._required(self._watcher)
             return loss
+        self._just_skipped = False
         if self._watcher is not None and any(p.grad is not None for p in self._parameters):
             assert self._planner is not None
             self._step_covered(self._watcher, self._planner)
@@ -164,18 +174,25 @@ class KFAC(Optimizer):
         seen = by_layer((part.statistics, part.weight) for part in parts)
         self._curvature.learn(seen)
         gradient = flattened([_gradient(p) for p in self._parameters])
-        if planner.settings is None:
+        planner.factor = self._common_factor()
+        names: Collection[str] = ()
+        if planner.settings is None and self._curvature.scale > 0:
             planner.settings = planner.first_settings(parts, gradient)
+            names = self._curvature.factors  # the search leaves inverses of its last trial
         factor_every, inverse_every = planner.intervals()
-        names = due_in_turn(self._steps, inverse_every, list(self._curvature.layers))
-        self._curvature.refresh(names, planner.settings.inverse_damping)
-        plan = planner.plan(self._steps, parts, gradient, self._previous)
+        names = names or due_in_turn(self._steps, inverse_every, list(self._curvature.layers))
+        plan = None
+        if planner.settings is not None:
+            self._curvature.refresh(names, planner.settings.inverse_damping)
+            plan = planner.plan(self._steps, parts, gradient, self._previous)
         if plan is None:
             self._skip()
         else:
             self._plan = plan
             self._move(plan)
-            if not planner.judge(self._steps, parts, plan):
+            if planner.judge(self._steps, parts, plan):
+                self._decay()
+            else:
                 self._take_back()
         self._curvature.forget_batch()
         self._steps += 1
@@ -215,11 +232,14 @@ class KFAC(Optimizer):
     def _direction(self, damping: float) -> list[Tensor]:
         """d = −(B ⊗ A + damping·I)⁻¹ g, times the group's lr, for every covered parameter."""
         found = [torch.empty(0)] * len(self._parameters)
-        scale = {id(p): g["lr"] for g in self.param_groups for p in g["params"]}
+        automatic = self.options.lr == AUTO
+        scale = {
+            id(p): 1.0 if automatic else g["lr"] for g in self.param_groups for p in g["params"]
+        }
         for layer in self._layers:
             parameters = layer.parameters()
             tensors = {name: _gradient(p) for name, p in parameters.items()}
-            G = layer.kind.matrix(layer, tensors)  # (d_out, d_in)
+            G = at_least_float32(layer.kind.matrix(layer, tensors))  # (d_out, d_in)
             D = self._curvature.apply(layer.name, G, damping)
             for name, tensor in layer.kind.split(layer, D).items():
                 p = parameters[name]
@@ -229,19 +249,39 @@ class KFAC(Optimizer):
         return found
 
     def _move(self, plan: Plan) -> None:
-        """Δ = lr·d + momentum·Δ_previous, after the weight decay."""
-        self._decay()
+        """Δ = lr·d + momentum·Δ_previous; a group's factor of an automatic lr is applied last."""
         if self._previous is None:
             self._previous = list(torch._foreach_mul(plan.direction, plan.lr))
         else:
             torch._foreach_mul_(self._previous, plan.momentum)
             torch._foreach_add_(self._previous, plan.direction, alpha=plan.lr)
-        torch._foreach_add_(self._parameters, self._previous)
+        self._add(1.0)
+
+    def _add(self, sign: float) -> None:
+        """Add the step to the parameters that have a gradient, or take it off again."""
+        assert self._previous is not None
+        automatic = self.options.lr == AUTO
+        for group in self.param_groups:
+            factor = sign * (group["lr"] if automatic else 1.0)
+            at = [self._place[id(p)] for p in group["params"] if id(p) in self._place]
+            moving = [i for i in at if self._parameters[i].grad is not None]
+            if moving:
+                torch._foreach_add_(
+                    [self._parameters[i] for i in moving],
+                    [self._previous[i] for i in moving],
+                    alpha=factor,
+                )
 
     def _take_back(self) -> None:
-        if self._previous is not None:
-            torch._foreach_sub_(self._parameters, self._previous)
+        self._add(-1.0)
         self._previous = None
+
+    def _common_factor(self) -> float:
+        """What the groups multiply an automatic step with; NaN if they differ."""
+        if self.options.lr != AUTO:
+            return 1.0
+        factors = {float(group["lr"]) for group in self.param_groups}
+        return factors.pop() if len(factors) == 1 else math.nan
 
     def _decay(self) -> None:
         for group in self.param_groups:
@@ -254,6 +294,7 @@ class KFAC(Optimizer):
 
     def _skip(self) -> None:
         self._skipped += 1
+        self._just_skipped = True
         self._warn(
             "a step was skipped: the loss, a gradient or the curvature was not finite. The weights "
             "are as they were. Look for NaN or infinity in the batch; diagnostics()['skipped'] "
@@ -268,8 +309,29 @@ class KFAC(Optimizer):
         grads = [p.grad for g in fallback.param_groups for p in g["params"] if p.grad is not None]
         if grads and bool(torch.isfinite(torch.stack([g.sum() for g in grads]).sum())):
             fallback.step()
-        elif grads:
+        elif grads and not self._just_skipped:
             self._skip()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Throw the gradients away, and with them the statistics that came with them."""
+        super().zero_grad(set_to_none)
+        if self._watcher is not None:
+            self._watcher.discard()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; once the optimizer is made they are trained by the fallback."""
+        super().add_param_group(param_group)
+        if not hasattr(self, "_all"):
+            return  # torch's own constructor
+        new = [p for p in self.param_groups[-1]["params"] if p.requires_grad]
+        self._all += new
+        self._reasons.update({id(p): "added after the optimizer was made" for p in new})
+        if self._fallback is None:
+            self._fallback = self._make_fallback(new)
+        else:
+            decay = self.param_groups[-1]["weight_decay"]
+            for p in new:
+                self._fallback.add_param_group({"params": [p], "weight_decay": decay})
 
     # What a user may ask.
 
@@ -335,8 +397,8 @@ class KFAC(Optimizer):
         return packed
 
     def _packed(self) -> dict[int, dict[str, Tensor]]:
-        place = {id(p): i for i, p in enumerate(self._all)}
-        entries: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(self._all))}
+        place = self._index
+        entries: dict[int, dict[str, Tensor]] = {i: {} for i in self._index.values()}
         for layer in self._layers:
             first = next(iter(layer.parameters().values()))
             entries[place[id(first)]].update(self._curvature.tensors(layer.name))
@@ -346,9 +408,21 @@ class KFAC(Optimizer):
         entries[0]["scalars"] = scalars(self._scalars())
         return {i: found for i, found in entries.items() if found}
 
+    @property
+    def _index(self) -> dict[int, int]:
+        """Every parameter's number in a state_dict, which is torch's."""
+        listed = [p for group in self.param_groups for p in group["params"]]
+        return {id(p): i for i, p in enumerate(listed)}
+
     def _scalars(self) -> dict[str, float | None]:
         capturing = self._watcher is not None and self._watcher.capturing
-        own = {"steps": self._steps, "skipped": self._skipped, "capturing": capturing}
+        basis = float(BASES.index(self.options.basis))
+        own = {
+            "steps": self._steps,
+            "skipped": self._skipped,
+            "capturing": capturing,
+            "basis": basis,
+        }
         return {**own, **({} if self._planner is None else planner_scalars(self._planner))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -358,11 +432,18 @@ class KFAC(Optimizer):
         """
         theirs, ours = split(state_dict)
         numbers = read_scalars(ours.get(0, {}).get("scalars"))
+        saved = BASES[int(numbers["basis"] or 0)]
+        if saved != self.options.basis:
+            raise StateError(
+                f"the state_dict was saved with basis={saved!r} and this optimizer has "
+                f"{self.options.basis!r}. Build it with the basis that the state was saved with."
+            )
         self._require_same_model(theirs, ours)
+        self._curvature.factors, self._curvature.inverses = {}, {}
         super().load_state_dict(theirs)
         if self._fallback is not None:
             self._fallback.state = self.state
-        place = {id(p): i for i, p in enumerate(self._all)}
+        place = self._index
         for layer in self._layers:
             first = next(iter(layer.parameters().values()))
             kept = {
@@ -396,7 +477,27 @@ class KFAC(Optimizer):
                 f"{own}: it was saved for another model or another grouping. Build the optimizer "
                 "as it was when the state was saved."
             )
-        for i, p in enumerate(self._all):
+        for layer in self._layers:
+            first = next(iter(layer.parameters().values()))
+            kept = ours.get(self._index[id(first)], {})
+            G = layer.kind.matrix(layer, layer.parameters())
+            sides = {"A_total": G.shape[1], "B_total": G.shape[0]}
+            for key, d in sides.items():
+                if key in kept and kept[key].shape != (d, d):
+                    raise StateError(
+                        f"the state_dict holds a factor of shape {tuple(kept[key].shape)} for "
+                        f"layer '{layer.name}', which needs {d}×{d}: it was saved for another "
+                        "model. Load the state of this model, or start afresh."
+                    )
+        for p in self._all:
+            i = self._index[id(p)]
+            for key, value in theirs["state"].get(i, {}).items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != p.shape:
+                    raise StateError(
+                        f"the state_dict holds {key!r} of shape {tuple(value.shape)} for parameter "
+                        f"'{self._names.get(id(p), i)}' of shape {tuple(p.shape)}: it was saved "
+                        "for another model. Load the state of this model, or start afresh."
+                    )
             previous = ours.get(i, {}).get("previous")
             if previous is not None and previous.shape != p.shape:
                 raise StateError(
@@ -418,7 +519,7 @@ class KFAC(Optimizer):
 
 def _checked(params: Iterable[Any], model: nn.Module | None) -> list[Any]:
     """The parameters or groups, after checking that there are some, and of the model."""
-    groups = list(params)
+    groups = [_group(entry) for entry in params]
     if not groups:
         raise ModelError(
             "there is nothing to train: the model has no parameter with requires_grad=True, or the "
@@ -426,8 +527,6 @@ def _checked(params: Iterable[Any], model: nn.Module | None) -> list[Any]:
         )
     given: list[Any] = []
     for group in groups:
-        if isinstance(group, dict):
-            check_group(group)
         entry = group["params"] if isinstance(group, dict) else group
         given += [entry] if isinstance(entry, Tensor) else list(entry)
     if model is not None:
@@ -440,6 +539,15 @@ def _checked(params: Iterable[Any], model: nn.Module | None) -> list[Any]:
                 "each model an optimizer of its own."
             )
     return groups
+
+
+def _group(entry: Any) -> Any:
+    """A parameter group with its parameters in a list: they may come from a generator."""
+    if not isinstance(entry, dict):
+        return entry
+    check_group(entry)
+    given = entry["params"]
+    return {**entry, "params": [given] if isinstance(given, Tensor) else list(given)}
 
 
 def _gradient(parameter: Tensor) -> Tensor:

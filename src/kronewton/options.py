@@ -115,8 +115,8 @@ def _count(name: str, value: Any, least: int, *, auto: bool = False) -> None:
     if auto and value == AUTO:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        or_auto = " or 'auto'" if auto else ""
-        raise OptionError(f"{name} must be a whole number ≥ {least}{or_auto}, not {value!r}.")
+        but = "; 'auto' is allowed, too." if auto else "."
+        raise OptionError(f"{name} must be a whole number ≥ {least}, not {value!r}{but}")
 
 
 def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

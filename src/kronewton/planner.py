@@ -23,7 +23,7 @@ from kronewton.replay import Replayer
 
 MOMENTUM = 0.5  # where no quadratic model chooses it
 DAMPING = 10.0  # over the curvature's mean eigenvalue, likewise
-DECREASE = 1e-3  # g'(B ⊗ A + λI)⁻¹g of a step at most, likewise
+DECREASE = 1e-3  # g'(B ⊗ A + λI)⁻¹g of a step over the loss (over 1 if unknown), at most
 FACTOR_EVERY, INVERSE_EVERY = 5, 20  # steps between renewals, without noise
 NOISY_RENEWALS = 2  # times less often where averages have to run over many batches anyway
 NOISY_TRIALS = 4  # times less often is γ tried there, for that costs inversions
@@ -79,6 +79,7 @@ class Planner:
         self.outcome: tuple[float, float] | None = None  # loss after a step, and its change
         self.noise: float | None = None
         self.undone = 0
+        self.factor = 1.0  # of an automatic step, by the groups' lr; NaN: not the same for all
         self.lr = 0.0  # of the last step that the quadratic model planned
 
     # Before the step.
@@ -136,7 +137,7 @@ class Planner:
         assert self.settings is not None
         direction = self.direct(self.settings.inverse_damping)
         if not self.models(parts):
-            return self._unmodelled(gradient, direction)
+            return self._unmodelled(gradient, direction, abs(loss_of(parts)) or 1.0)
         # When γ is tried, in the whole span: on one line it would be fitted to the line.
         averaging = self.rule.averaging(self.settings)
         every = self.options.adapt_every * (NOISY_TRIALS if averaging else 1)
@@ -150,7 +151,7 @@ class Planner:
             found = self._probe(model, gradient, found)
         x = self._minimised(found.subspace, self.settings.damping)
         x, shortened = self._bounded(found.subspace, x, parts)
-        predicted = found.subspace.value(x, self.settings.damping)
+        predicted = found.subspace.value([self.factor * v for v in x], self.settings.damping)
         lr, momentum = found.coefficients(x)
         self.lr = lr
         return Plan(found.direction, lr, momentum, predicted, shortened)
@@ -218,24 +219,25 @@ class Planner:
             return x, 1.0
         share = 1.0 if isinstance(self.options.trust_region, str) else self.options.trust_region
         bend, bound = 0.5 * subspace.bend(x), share * abs(loss_of(parts))
+        if bend > bound:  # a loss that may cross zero has its unit of weight as its size
+            bound = max(bound, share * _weight_of(parts))
         if not bend > bound:
             return x, 1.0
         factor = math.sqrt(bound / bend)
         return [factor * v for v in x], factor
 
-    def _unmodelled(self, gradient: Tensor, direction: list[Tensor]) -> Plan | None:
-        """Fixed rules for what the quadratic model would choose."""
+    def _unmodelled(self, gradient: Tensor, direction: list[Tensor], scale: float) -> Plan | None:
+        """Fixed rules for what the quadratic model would choose; `scale` is the loss's size."""
         options = self.options
         momentum = MOMENTUM if isinstance(options.momentum, str) else options.momentum
-        if not options.any_automatic:
-            return Plan(_guarded(direction), 1.0, momentum)
         decrease = -float(torch.dot(gradient, flattened(direction)))
         if not math.isfinite(decrease):
             return None
-        if options.trust_region is None:
+        if options.trust_region is None or not options.any_automatic:
             return Plan(direction, 1.0, momentum)
         share = 1.0 if isinstance(options.trust_region, str) else options.trust_region
-        shortened = min(1.0, math.sqrt(DECREASE * share / max(decrease, 1e-30)))
+        bound = DECREASE * share * scale
+        shortened = min(1.0, math.sqrt(bound / max(decrease, 1e-300)))
         return Plan(direction, shortened, momentum, shortened=shortened)
 
     # After the step.
@@ -298,6 +300,15 @@ def loss_of(parts: Sequence[Part]) -> float:
     )
 
 
+def _weight_of(parts: Sequence[Part]) -> float:
+    """What all positions weigh together: 1 for a mean, their number for a sum."""
+    return math.fsum(
+        float(part.weight * part.curvature().weights.sum())
+        for part in parts
+        if part.weight is not None
+    )
+
+
 def _rounding(parts: Sequence[Part]) -> float:
     """What a relative change of the loss must exceed to prove anything."""
     return max(8 * torch.finfo(p.loss.dtype).eps for p in parts if p.loss is not None)
@@ -308,9 +319,3 @@ def _rerunnable(part: Part) -> bool:
     if part.call is None or not part.call.intact():
         return False
     return part.bridge is None or part.bridge.linear
-
-
-def _guarded(direction: list[Tensor]) -> list[Tensor]:
-    """Zeros in place of a direction that is not finite, without waiting for the device."""
-    ok = torch.isfinite(torch.stack([d.sum() for d in direction]).sum())
-    return [torch.where(ok, d, torch.zeros_like(d)) for d in direction]

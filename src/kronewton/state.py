@@ -35,6 +35,7 @@ SCALARS = (
     "skipped",
     "undone",
     "lr",
+    "basis",
 )
 
 
@@ -79,6 +80,8 @@ def restore_planner(planner: Planner, numbers: Mapping[str, float | None]) -> No
     planner.asked, planner.undone = int(numbers["asked"] or 0), int(numbers["undone"] or 0)
     planner.lr = numbers["lr"] or 0.0
     planner.curvature.scale, planner.noise = numbers["scale"] or 0.0, numbers["noise_seen"]
+    if isinstance(planner.options.damping, str):
+        planner.settings = None
     if isinstance(planner.options.damping, str) and numbers["damping"] is not None:
         keys = ("damping", "inverse_damping", "probe", "noise")
         planner.settings = Settings(*[numbers[k] or 0.0 for k in keys])
@@ -92,6 +95,12 @@ def split(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, dict
         raise StateError(
             "load_state_dict was given something that is not a state_dict: a dictionary with "
             "'state' and 'param_groups' is needed, as optimizer.state_dict() returns it."
+        )
+    state = state_dict["state"]
+    if not isinstance(state, Mapping) or not all(isinstance(e, Mapping) for e in state.values()):
+        raise StateError(
+            "load_state_dict was given a dictionary whose 'state' is not one table for each "
+            "parameter. Pass what optimizer.state_dict() returned."
         )
     theirs: dict[Any, dict[str, Any]] = {}
     ours: dict[int, dict[str, Tensor]] = {}

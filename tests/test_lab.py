@@ -1,0 +1,412 @@
+"""The lab's parts: tasks, data files, rivals, the loop, checkpoints, the verdict."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import re
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from kronewton.errors import DataError, OptionError, StateError
+from kronewton.lab import checkpoint, contest, files, plots, reports, rivals
+from kronewton.lab.images import read_images
+from kronewton.lab.rivals import RIVALS, find_rival
+from kronewton.lab.tasks import TASKS, Options, Task, find_task
+from kronewton.lab.training import Budget, Record, Run, interleave, start, train
+
+torch.set_num_threads(1)  # the models are tiny, and tests run side by side
+
+CPU = torch.device("cpu")
+PIXELS = np.random.default_rng(0).integers(0, 256, (12, 28, 28), dtype=np.uint8)
+
+
+def begin(task: str = "digits-mlp", rival: str = "adamw", seed: int = 0) -> Run:
+    return start(find_task(task), find_rival(rival), find_rival(rival).grid[0], seed, CPU)
+
+
+def weights(run: Run) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in run.problem.model.parameters()])
+
+
+def idx(images: np.ndarray) -> bytes:
+    return struct.pack(">IIII", 0x803, *images.shape) + images.tobytes()
+
+
+# tasks
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_task_is_fixed_by_its_name_and_seed(name: str) -> None:
+    task = find_task(name)
+    first, same, other = (task.build(seed, CPU) for seed in (0, 0, 1))
+    inputs = first.train.x
+    assert inputs.dtype == task.dtype
+    assert torch.equal(inputs, other.train.x)  # the data does not depend on the seed
+    assert torch.equal(first.model(inputs), same.model(inputs))
+    assert not torch.equal(first.model(inputs), other.model(inputs))
+    assert first.criterion(first.model(inputs), first.train.y).isfinite()
+
+
+def test_building_a_task_leaves_the_random_stream_alone() -> None:
+    before = torch.get_rng_state()
+    for task in TASKS.values():
+        task.build(3, CPU)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name", ["linear-regression", "deep-linear"])
+def test_floor_is_the_least_squares_loss(name: str) -> None:
+    problem = find_task(name).build(0, CPU)
+    x, y = problem.train.x, problem.train.y
+    x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
+    normal = torch.linalg.solve(x.T @ x, x.T @ y)
+    assert problem.floor == pytest.approx(float((x @ normal - y).square().mean()), rel=1e-9)
+
+
+def test_unknown_task_is_named_with_the_known_ones() -> None:
+    with pytest.raises(OptionError, match=r"no task 'digits'.*digits-mlp.*mnist-autoencoder"):
+        find_task("digits")
+
+
+def test_option_of_another_task_is_refused() -> None:
+    with pytest.raises(OptionError, match="digits-mlp takes no --data"):
+        find_task("digits-mlp", Options(small=True))
+
+
+def test_batch_larger_than_the_data_is_refused() -> None:
+    task = find_task("digits-mlp", Options(batch_size=1438))
+    with pytest.raises(OptionError, match=r"batch of 1438.*1437 training examples"):
+        start(task, find_rival("sgd"), find_rival("sgd").grid[0], 0, CPU)
+
+
+# data files
+
+
+@pytest.mark.parametrize("form", ["npz", "idx", "idx.gz", "folder"])
+def test_images_are_read_in_every_form(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "data"
+    if form == "npz":
+        np.savez(path, images=PIXELS, labels=np.zeros(12, np.uint8))
+        path = tmp_path / "data.npz"
+    elif form == "folder":
+        path.mkdir()
+        (path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(PIXELS)))
+    else:
+        path.write_bytes(idx(PIXELS) if form == "idx" else gzip.compress(idx(PIXELS)))
+    assert np.array_equal(read_images(path).numpy(), PIXELS)
+
+
+BAD_ARRAYS = {
+    "float": PIXELS / 255,
+    "flat": PIXELS.reshape(12, 784),
+    "wide": np.zeros((12, 32, 32), np.uint8),
+    "empty": PIXELS[:0],
+    "pickled": np.array([PIXELS, "code"], dtype=object),
+}
+
+
+@pytest.mark.parametrize("what", BAD_ARRAYS)
+def test_wrong_arrays_are_refused(tmp_path: Path, what: str) -> None:
+    np.savez(tmp_path / "data.npz", images=BAD_ARRAYS[what])
+    with pytest.raises(DataError, match=r"could not be read.*allowed are an \.npz.*torchvision"):
+        read_images(tmp_path / "data.npz")
+
+
+def test_array_of_another_name_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x_train=PIXELS)
+    with pytest.raises(DataError, match="no array 'images' but x_train"):
+        read_images(tmp_path / "data.npz")
+
+
+BAD_BYTES = {
+    "text": b"label,pixel0\n",
+    "nothing": b"",
+    "labels": struct.pack(">II", 0x801, 12) + bytes(12),
+    "header only": idx(PIXELS)[:10],
+    "truncated": idx(PIXELS)[:-1],
+    "too long": idx(PIXELS) + b"\0",
+    "other size": idx(np.zeros((12, 32, 32), np.uint8)),
+    "half a gzip": gzip.compress(idx(PIXELS))[:-100],
+    "half a zip": b"PK\x03\x04" + bytes(50),
+}
+
+
+@pytest.mark.parametrize("what", BAD_BYTES)
+def test_wrong_bytes_are_refused(tmp_path: Path, what: str) -> None:
+    (tmp_path / "data").write_bytes(BAD_BYTES[what])
+    with pytest.raises(DataError, match=r"data could not be read.*allowed are an \.npz"):
+        read_images(tmp_path / "data")
+
+
+def test_truncated_npz_is_refused(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "data.npz", images=PIXELS)
+    whole = (tmp_path / "data.npz").read_bytes()
+    (tmp_path / "data.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="could not be read"):
+        read_images(tmp_path / "data.npz")
+
+
+def test_missing_data_says_how_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"needs --data PATH and none was given.*torchvision"):
+        read_images(None)
+    with pytest.raises(DataError, match=r"nowhere does not exist.*torchvision"):
+        read_images(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="holds no images"):
+        read_images(tmp_path)
+
+
+def test_mnist_task_from_a_file(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", images=PIXELS)
+    task = find_task(
+        "mnist-autoencoder", Options(data=tmp_path / "data.npz", small=True, examples=8)
+    )
+    problem = task.build(0, CPU)
+    assert (len(problem.train), len(problem.test)) == (8, 4)
+    error = (problem.model(problem.train.x) - problem.train.y).square().sum(1).mean()
+    loss = problem.criterion(problem.model(problem.train.x), problem.train.y)
+    assert task.shown(loss.item()) == pytest.approx(error.item(), rel=1e-5)  # per image
+    with pytest.raises(OptionError, match=r"12 training examples.*1 to 11"):
+        find_task("mnist-autoencoder", Options(data=tmp_path / "data.npz", examples=12))
+
+
+# rivals
+
+
+def test_grids_have_one_size_and_no_repeats() -> None:
+    assert RIVALS["kfac"].grid == ({},)
+    for rival in RIVALS.values():
+        if rival.name != "kfac":
+            assert len(rival.grid) == 12
+            assert len({tuple(setting.items()) for setting in rival.grid}) == 12
+
+
+def test_learning_rates_per_unit_follow_the_task() -> None:
+    sgd, adam = find_rival("sgd"), find_rival("adam")
+    assert sgd.settings(64.0)[0]["lr"] == 64 * sgd.grid[0]["lr"]
+    assert adam.settings(64.0) == adam.grid
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_rival_trains_digits(name: str) -> None:
+    run = begin(rival=name)
+    records = list(train(run, Budget(30, every=10)))
+    assert [r.step for r in records if r.train_loss is not None] == [1, 10, 20, 30]
+    assert not records[-1].diverged
+    assert records[-1].train_loss < records[0].train_loss  # type: ignore[operator]
+
+
+def test_missing_package_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals, "extra", None)
+    assert rivals.available() == ["kfac", "sgd", "adam", "adamw", "lbfgs"]
+    with pytest.raises(OptionError, match=r"soap comes from .*kronewton\[bench\].*kfac, sgd"):
+        find_rival("soap")
+    with pytest.raises(OptionError, match="no optimizer 'newton'; there are kfac, sgd"):
+        find_rival("newton")
+
+
+# the loop
+
+
+def test_batches_are_a_function_of_the_seed() -> None:
+    runs = [begin(seed=seed) for seed in (0, 0, 1)]
+    losses = [[r.loss for r in train(run, Budget(15, every=99))] for run in runs]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_run_goes_on_from_its_last_record() -> None:
+    whole, parts = begin(), begin()
+    list(train(whole, Budget(9)))
+    (*_, last) = train(parts, Budget(4))
+    (*_, end) = train(parts, Budget(9), last)
+    assert end.step == 9
+    assert end.seconds > last.seconds
+    assert torch.equal(weights(whole), weights(parts))
+
+
+@pytest.mark.parametrize("rival", ["kfac", "sgd"])
+def test_evaluation_leaves_training_alone(rival: str) -> None:
+    often, never = begin(rival=rival), begin(rival=rival)
+    list(train(often, Budget(12, every=1)))
+    list(train(never, Budget(12, every=99)))
+    assert torch.equal(weights(often), weights(never))
+
+
+def test_seconds_end_a_run_and_evaluation_is_not_on_the_clock() -> None:
+    often = list(train(begin(), Budget(10**6, seconds=0.05)))
+    assert often[-2].seconds < 0.05 <= often[-1].seconds
+    assert often[-1].train_loss is not None
+
+
+def test_loss_that_is_no_number_ends_the_run() -> None:
+    run = start(find_task("digits-mlp"), find_rival("sgd"), {"lr": 1e30, "momentum": 0.9}, 0, CPU)
+    records = list(train(run, Budget(20, every=99)))
+    assert len(records) < 20
+    assert records[-1].diverged
+    assert list(train(run, Budget(20), records[-1])) == []
+
+
+def test_interleaved_runs_take_turns() -> None:
+    records = [Record(step, 0.0, 0.0) for step in range(1, 6)]
+    order = [key for key, _ in interleave({"a": iter(records), "b": iter(records[:3])}, 2)]
+    assert order == ["a", "a", "b", "b", "a", "a", "b", "a"]
+
+
+# checkpoints
+
+
+@pytest.mark.parametrize("rival", ["sgd", "adamw", "kfac", "lbfgs", "soap"])
+def test_resumed_equals_uninterrupted(tmp_path: Path, rival: str) -> None:
+    whole, first, second = (begin(rival=rival) for _ in range(3))
+    list(train(whole, Budget(27)))
+    (*_, last) = train(first, Budget(13))
+    checkpoint.save(tmp_path, first, last)
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+    found = checkpoint.load_(tmp_path, second)
+    assert found == last
+    list(train(second, Budget(27), found))
+    assert torch.equal(weights(whole), weights(second))
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    run = begin()
+    (*_, last) = train(run, Budget(1))
+    checkpoint.save(tmp_path, run, last)
+    for other, what in (
+        (begin("two-spirals"), "task 'digits-mlp' where this run has 'two-spirals'"),
+        (begin(rival="sgd"), "optimizer 'adamw'"),
+        (begin(seed=1), "seed 0"),
+    ):
+        before = weights(other).clone()
+        with pytest.raises(StateError, match=what):
+            checkpoint.load_(tmp_path, other)
+        assert torch.equal(before, weights(other))
+
+
+def test_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    run = begin()
+    with pytest.raises(DataError, match=r"does not exist; --resume continues"):
+        checkpoint.load_(tmp_path, run)
+    (*_, last) = train(run, Budget(1))
+    checkpoint.save(tmp_path, run, last)
+    file = tmp_path / checkpoint.FILE
+    whole = file.read_bytes()
+    for content in (b"", b"no checkpoint", whole[: len(whole) // 2]):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match="damaged or is no checkpoint"):
+            checkpoint.load_(tmp_path, run)
+    torch.save({"weights": torch.zeros(1)}, file)
+    with pytest.raises(DataError, match="damaged or is no checkpoint"):
+        checkpoint.load_(tmp_path, run)
+    torch.save(Path("code"), file)  # an object that only a pickle with code could bring back
+    with pytest.raises(DataError, match="damaged or is no checkpoint"):
+        checkpoint.load_(tmp_path, run)
+
+
+# contests
+
+
+def plan(
+    task: Task | None = None, names: tuple[str, ...] = ("kfac", "sgd", "adamw")
+) -> contest.Plan:
+    task = task or find_task("digits-mlp")
+    chosen = tuple(find_rival(name) for name in names)
+    return contest.Plan(task, chosen, (0, 1), Budget(20, every=5), 1.0, 2, CPU)
+
+
+def run_of(*losses: float) -> list[Record]:
+    """A record a step, a tenth of a second each."""
+    return [
+        Record(step, 0.1 * step, loss, train_loss=loss, test_loss=loss, metric=0.5)
+        for step, loss in enumerate(losses, 1)
+    ]
+
+
+def report_of(**losses: tuple[float, ...]) -> reports.Report:
+    """A report on rivals whose two seeds went alike."""
+    made = plan(names=tuple(losses))
+    raced = {contest.Lane(n, 0, seed): run_of(*ls) for n, ls in losses.items() for seed in (0, 1)}
+    return reports.summarise(made, {}, raced)
+
+
+def test_tuning_prefers_the_first_to_arrive_then_the_lowest() -> None:
+    made, sgd = plan(), find_rival("sgd")
+    tuned = {contest.Lane("sgd", 0, 0): run_of(3, 2, 1), contest.Lane("sgd", 1, 0): run_of(3, 1, 2)}
+    assert contest.best_setting(made, sgd, tuned) == 1
+    assert contest.best_setting(replace(made, target=0.1), sgd, tuned) == 0
+    broken = Record(2, 0.2, math.nan, diverged=True)
+    tuned[contest.Lane("sgd", 0, 0)] = [*run_of(0.5), broken]
+    assert contest.best_setting(replace(made, target=0.1), sgd, tuned) == 1
+
+
+def test_contest_end_to_end(tmp_path: Path) -> None:
+    made = plan()
+    tuned: contest.Board = {}
+    raced: contest.Board = {}
+    list(contest.tune_(made, tuned))
+    turns = list(contest.race_(made, tuned, raced))
+    assert {lane.rival for lane in tuned} == {"sgd", "adamw"}
+    assert len(tuned) == 4
+    assert len(raced) == 6
+    assert len(turns) == 6 * 20
+    assert turns[0] != turns[contest.CHUNK]
+    report = reports.summarise(made, tuned, raced)
+    assert {line.rival for line in report.lines} == {"kfac", "sgd", "adamw"}
+    plots.contest_plot(made, raced, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    files.write_json(tmp_path / "report.json", {"report": report, "curves": reports.curves(raced)})
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert document["report"]["seconds"] is None  # no limit: infinity is no JSON
+    assert len(document["curves"]) == 6
+
+
+def test_ratios_are_to_kfac() -> None:
+    report = report_of(kfac=(2, 1, 1, 1), sgd=(2, 2, 2, 1))
+    slow = next(line for line in report.lines if line.rival == "sgd")
+    assert slow.steps == reports.Spread(4, 4, 4)
+    assert slow.step_ratio == pytest.approx(2)
+    assert slow.second_ratio == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ({"kfac": (2, 1, 1), "sgd": (2, 2, 1)}, "first by steps: SGD, the next, takes 1.5 times"),
+        ({"kfac": (2, 2, 1), "sgd": (2, 1, 1)}, "By steps it is behind: SGD takes 0.67 times"),
+        ({"kfac": (2, 1, 1), "sgd": (2, 1, 1)}, "By steps it is level with SGD"),
+        (
+            {"kfac": (2, 1, 1), "sgd": (2, 2, 2)},
+            "of 1 tuned rivals none does, and the lowest, SGD, ends at 2",
+        ),
+        ({"kfac": (2, 2, 2), "sgd": (2, 1, 1)}, r"K-FAC does not reach.*those that do: SGD"),
+        ({"kfac": (2, 2, 2), "sgd": (2, 2, 2)}, r"K-FAC does not reach.*those that do: none"),
+        ({"adamw": (2, 1, 1), "sgd": (2, 2, 1)}, "AdamW is first of 2 by steps; K-FAC did not run"),
+    ],
+)
+def test_verdict_says_what_the_numbers_say(losses: dict[str, tuple[float, ...]], said: str) -> None:
+    verdict = reports.verdict(report_of(**losses))
+    assert re.search(said, verdict), verdict
+
+
+def test_diverged_rival_stays_in_the_table() -> None:
+    made = plan(names=("kfac", "sgd"))
+    raced = {contest.Lane(name, 0, 0): run_of(2, 1) for name in ("kfac", "sgd")}
+    raced[contest.Lane("sgd", 0, 0)] = [Record(1, 0.1, math.nan, diverged=True)]
+    console = Console(width=100)
+    with console.capture() as printed:
+        console.print(reports.contest_tables(reports.summarise(made, {}, raced)))
+    (soon, end) = [line for line in printed.get().splitlines() if line.strip().startswith("SGD")]
+    assert "never" in soon
+    assert "diverged" in end
+
+
+def test_unwritable_file_is_said_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="can't be written"):
+        files.write_json(tmp_path / "no folder" / "file.json", {})

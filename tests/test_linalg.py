@@ -1,0 +1,182 @@
+"""Matrix functions against the same thing formed densely."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kronewton import linalg
+from kronewton.errors import NotPositiveDefinite
+from kronewton.linalg import damped_inverse, kronecker_apply, second_moment, symmetric_eigen
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def positive(d: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    rows = torch.randn(d + 3, d, dtype=dtype)
+    return rows.T @ rows
+
+
+@pytest.mark.parametrize("lead", [(5,), (2, 3), (2, 3, 4)])
+def test_second_moment_sums_outer_products_over_all_leading_dimensions(lead):
+    rows, weights = torch.randn(*lead, 3), torch.rand(*lead)
+    flat = rows.reshape(-1, 3)
+    dense = sum(w * torch.outer(r, r) for r, w in zip(flat, weights.flatten(), strict=True))
+    torch.testing.assert_close(second_moment(rows, weights), dense)
+    torch.testing.assert_close(second_moment(rows), second_moment(rows, torch.ones(*lead)))
+
+
+def test_second_moment_with_weight_two_is_the_row_twice_and_with_zero_its_absence():
+    rows = torch.randn(4, 3)
+    weighted = second_moment(rows, torch.tensor([1.0, 2.0, 0.0, 1.0]))
+    torch.testing.assert_close(weighted, second_moment(rows[[0, 1, 1, 3]]))
+
+
+def test_second_moment_of_no_rows_is_zero():
+    assert second_moment(torch.randn(0, 3)).equal(torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (5, 2), (3, 3), (1, 4)])
+def test_kronecker_apply_is_the_formed_product_on_row_major_vec(shape):
+    d_out, d_in = shape
+    B, A, G = positive(d_out), positive(d_in), torch.randn(shape)
+    dense = (torch.kron(B, A) @ G.flatten()).reshape(shape)
+    torch.testing.assert_close(kronecker_apply(B, A, G), dense, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3, torch.tensor(2.0)])
+def test_damped_inverse_is_the_inverse_and_leaves_its_argument_alone(damping):
+    matrix = positive(6)
+    before = matrix.clone()
+    product = damped_inverse(matrix, damping, "A") @ (matrix + damping * torch.eye(6))
+    torch.testing.assert_close(product, torch.eye(6), rtol=0, atol=1e-10)
+    assert matrix.equal(before)
+
+
+def test_damped_inverse_of_zero_is_one_over_the_damping():
+    torch.testing.assert_close(damped_inverse(torch.zeros(3, 3), 0.25, "A"), 4 * torch.eye(3))
+
+
+def test_damped_inverse_of_a_matrix_that_rounding_made_indefinite():
+    U = torch.linalg.qr(torch.randn(40, 40))[0]
+    matrix = (U * torch.logspace(-7, 3, 40) @ U.T).float()
+    matrix = (matrix + matrix.T) / 2
+    assert int(torch.linalg.cholesky_ex(matrix).info) != 0, "the case is too easy"
+    assert float(torch.linalg.eigvalsh(matrix.double()).min()) < 0
+    inverse = damped_inverse(matrix, 0.0, "A")
+    assert inverse.dtype == torch.float32
+    spectrum = torch.linalg.eigvalsh(inverse.double())
+    assert float(spectrum.min()) > -1e-6 * float(spectrum.max())
+
+
+def test_damped_inverse_of_a_singular_matrix_without_damping_is_an_inverse_where_there_is_one():
+    rows = torch.randn(2, 5)
+    matrix = rows.T @ rows
+    inverse = damped_inverse(matrix, 0.0, "A")
+    assert torch.isfinite(inverse).all()
+    torch.testing.assert_close(matrix @ inverse @ matrix, matrix, rtol=1e-4, atol=1e-4)
+
+
+def test_damped_inverse_names_the_factor_and_the_way_out():
+    with pytest.raises(NotPositiveDefinite, match=r"factor A of 'fc' \(3×3\).*raise `damping`"):
+        damped_inverse(-torch.eye(3), 0.0, "factor A of 'fc'")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "function", [lambda m, name: damped_inverse(m, 0.1, name), symmetric_eigen]
+)
+@pytest.mark.parametrize("size", [2, 4])
+def test_values_that_are_not_finite_are_named(bad, function, size):
+    matrix = positive(size)
+    matrix[0, 1] = matrix[1, 0] = bad
+    with pytest.raises(NotPositiveDefinite, match=r"factor B of 'fc' holds values that are not"):
+        function(matrix, "factor B of 'fc'")
+
+
+def test_symmetric_eigen_reconstructs_in_ascending_order():
+    matrix = positive(6)
+    s, U = symmetric_eigen(matrix, "A")
+    torch.testing.assert_close(U * s @ U.T, matrix, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(U.T @ U, torch.eye(6), rtol=0, atol=1e-12)
+    assert s.diff().ge(0).all()
+
+
+def test_symmetric_eigen_has_no_eigenvalue_below_zero():
+    rows = torch.randn(2, 8)
+    s, _ = symmetric_eigen(rows.T @ rows, "A")
+    assert s.ge(0).all()
+    assert int((s > 1e-10).sum()) == 2
+
+
+def test_symmetric_eigen_tries_float64_when_lapack_gives_up_in_float32(monkeypatch):
+    matrix, tried, real = positive(4, torch.float32), [], torch.linalg.eigh
+
+    def fragile(given):
+        tried.append(given.dtype)
+        if given.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("linalg.eigh: failed to converge")
+        return real(given)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fragile)
+    s, U = symmetric_eigen(matrix, "A")
+    assert tried == [torch.float32, torch.float64]
+    assert s.dtype == U.dtype == torch.float32
+    torch.testing.assert_close(U * s @ U.T, matrix)
+
+
+def test_symmetric_eigen_tries_float64_when_the_first_result_is_not_finite(monkeypatch):
+    matrix, real = positive(4, torch.float32), torch.linalg.eigh
+
+    def silent(given):
+        s, U = real(given)
+        return (s * float("nan"), U) if given.dtype == torch.float32 else (s, U)
+
+    monkeypatch.setattr(torch.linalg, "eigh", silent)
+    s, U = symmetric_eigen(matrix, "A")
+    torch.testing.assert_close(U * s @ U.T, matrix)
+
+
+def test_symmetric_eigen_gives_up_with_the_factors_name(monkeypatch):
+    def broken(given):
+        raise RuntimeError("CUSOLVER_STATUS_INTERNAL_ERROR")
+
+    monkeypatch.setattr(torch.linalg, "eigh", broken)
+    with pytest.raises(NotPositiveDefinite, match="of factor A of 'fc' did not converge"):
+        symmetric_eigen(positive(3), "factor A of 'fc'")
+
+
+def test_cholesky_that_fails_once_is_retried_in_float64(monkeypatch):
+    matrix, tried, real = positive(4, torch.float32), [], torch.linalg.cholesky_ex
+
+    def fragile(given):
+        tried.append(given.dtype)
+        factor, info = real(given)
+        return factor, torch.ones_like(info) if given.dtype == torch.float32 else info
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", fragile)
+    inverse = damped_inverse(matrix, 0.1, "A")
+    assert tried == [torch.float32, torch.float64]
+    dense = torch.linalg.inv(matrix.double() + 0.1 * torch.eye(4)).float()
+    torch.testing.assert_close(inverse, dense)
+
+
+def test_jitter_grows_until_cholesky_succeeds(monkeypatch):
+    added, real = [], torch.linalg.cholesky_ex
+
+    def picky(given):
+        added.append(float(given[0, 0]) - 1)
+        factor, info = real(given)
+        return factor, info if added[-1] > 1e-6 else torch.ones_like(info)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", picky)
+    inverse = damped_inverse(torch.eye(2), 0.0, "A")
+    assert added == pytest.approx([0.0, *linalg.JITTERS[:4]], abs=1e-12)
+    torch.testing.assert_close(inverse, torch.eye(2) / (1 + linalg.JITTERS[3]))

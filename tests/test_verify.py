@@ -1,0 +1,245 @@
+"""Every check of `kronewton verify` holds, and none would hold for a mistaken library."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from kronewton import derivation as note
+from kronewton import factors
+from kronewton.inverse import EigenInverse
+from kronewton.lab import verify
+from kronewton.lab.verify import CHECKS, EXACT, SECTION_1, Check, Source
+from kronewton.losses.base import Categorical, Diagonal
+from kronewton.types import Statistics
+
+CPU = torch.device("cpu")
+
+
+def source(seed: int = 0) -> Source:
+    return Source(torch.Generator().manual_seed(seed), CPU)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.identity)
+def test_the_identity_holds(check: Check) -> None:
+    random_state = torch.get_rng_state()
+    result = check.run(source())
+    assert result.passed, result
+    assert result.instances > 0
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+# Planted mistakes: each must make the check that it is filed under fail.
+
+
+def one_percent(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *given, **named: 1.01 * function(*given, **named)
+
+
+def transposed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Right in size only where the matrix is square."""
+
+    def wrong(*given: Any, **named: Any) -> Tensor:
+        right = function(*given, **named)
+        return right.mT.reshape(right.shape)
+
+    return wrong
+
+
+def swapped_hessian(A: Tensor, B: Tensor) -> Tensor:
+    return torch.kron(B @ B.mT, A @ A.mT)
+
+
+def swapped_block(A: Tensor, B: Tensor, Lambda: Tensor | None = None) -> Tensor:
+    BB = B @ B.mT if Lambda is None else B @ Lambda @ B.mT
+    mn = A.shape[1] * B.shape[1]
+    return torch.einsum("ni,nj,nop->oipj", A, A, BB).reshape(mn, mn)
+
+
+def swapped_kronecker(A: Tensor, B: Tensor, Lambda: Tensor | None = None) -> Tensor:
+    BB = B @ B.mT if Lambda is None else B @ Lambda @ B.mT
+    return torch.kron(BB.sum(0), A.mT @ A / len(A))
+
+
+def two_sums(A: Tensor, B: Tensor, Lambda: Tensor | None = None) -> Tensor:
+    BB = B @ B.mT if Lambda is None else B @ Lambda @ B.mT
+    return torch.kron(A.mT @ A, BB.sum(0))
+
+
+def transposed_jacobians(*given: Any) -> tuple[Tensor, Tensor]:
+    A, B = JACOBIAN_BLOCKS(*given)
+    return A, B.mT.reshape(B.shape)
+
+
+def silent_newton_step(W: Tensor, A: Tensor, B: Tensor, Y: Tensor, damping: float = 0.0) -> Tensor:
+    """Right, and says nothing of a pseudo-inverse."""
+    return NEWTON_STEP(W, A, B, Y, damping or 1e-13)
+
+
+def damped_factors(W: Tensor, A: Tensor, B: Tensor, Y: Tensor, damping: float = 0.0) -> Tensor:
+    """√λ to each factor, instead of λ to their product."""
+    if damping == 0:
+        return NEWTON_STEP(W, A, B, Y)
+    AA, BB = A @ A.mT, B @ B.mT
+    for matrix in (AA, BB):
+        matrix.diagonal().add_(damping**0.5)
+    G = note.gradient(W, A, B, Y)
+    return W - torch.linalg.solve(BB, G) @ torch.linalg.inv(AA)
+
+
+def without_lambda(A: Tensor, B: Tensor, Lambda: Tensor | None = None) -> Tensor:
+    return HESSIAN_BLOCK(A, B)
+
+
+def a_sum_instead_of_a_mean(stats: Statistics, part: Tensor) -> factors.Moment:
+    right = INPUT_MOMENT(stats, part)
+    return factors.Moment(right.total * stats.a.shape[0], right.count)
+
+
+def without_weights(stats: Statistics, part: Tensor) -> factors.Moment:
+    return INPUT_MOMENT(replace(stats, weights=part.new_ones(())), part)
+
+
+def with_damping_of_its_own(inverse: EigenInverse, G: Tensor, damping: float) -> Tensor:
+    return APPLY(inverse, G, damping + 1e-3)
+
+
+JACOBIAN_BLOCKS, NEWTON_STEP = note.jacobian_blocks, note.newton_step
+HESSIAN_BLOCK, INPUT_MOMENT, APPLY = note.hessian_block, factors._input_moment, EigenInverse.apply
+PLANTED: dict[str, list[tuple[Any, str, Any]]] = {  # by the check that must fail
+    "loss": [(note, "loss", one_percent(note.loss))],
+    "differential_of_loss": [
+        (note, "gradient", one_percent(note.gradient)),
+        (note, "gradient", transposed(note.gradient)),
+        (note, "differential_of_loss", one_percent(note.differential_of_loss)),
+    ],
+    "differential_of_gradient": [
+        (note, "differential_of_gradient", one_percent(note.differential_of_gradient)),
+        (note, "differential_of_gradient", transposed(note.differential_of_gradient)),
+    ],
+    "vec": [(note, "vec", torch.flatten)],
+    "hessian": [(note, "hessian", one_percent(note.hessian)), (note, "hessian", swapped_hessian)],
+    "newton_step": [(note, "newton_step", one_percent(note.newton_step))],
+    "least_squares": [(note, "newton_step", one_percent(note.newton_step))],
+    "pseudo_inverse": [(note, "newton_step", silent_newton_step)],
+    "damped_step": [(note, "newton_step", damped_factors)],
+    "piecewise_squared": [
+        (note, "hessian_block", one_percent(note.hessian_block)),
+        (note, "hessian_block", swapped_block),
+        (note, "jacobian_blocks", transposed_jacobians),
+    ],
+    "piecewise_softmax": [(note, "hessian_block", without_lambda)],
+    "gauss_newton": [(note, "jacobian_blocks", transposed_jacobians)],
+    "section_1_again": [(note, "kronecker_block", two_sums)],
+    "kronecker_deep_linear": [
+        (note, "kronecker_block", one_percent(note.kronecker_block)),
+        (note, "kronecker_block", swapped_kronecker),
+    ],
+    "kronecker_otherwise": [(note, "kronecker_block", note.hessian_block)],
+    "kronecker_softmax": [(note, "kronecker_block", note.hessian_block)],
+    "counts": [(note, "kronecker_block", two_sums)],
+    "columns": [
+        (Categorical, "scale", property(lambda c: 1.01 * c.weigh().unsqueeze(c.dim))),
+        (Diagonal, "diagonal", property(lambda d: 1.01 * d.hessian())),
+    ],
+    "products": [
+        (Categorical, "scale", property(lambda c: 1.01 * c.weigh().unsqueeze(c.dim))),
+        (Diagonal, "diagonal", property(lambda d: 1.01 * d.hessian())),
+    ],
+    "first_step": [
+        (factors, "second_moment", one_percent(factors.second_moment)),
+        (EigenInverse, "apply", transposed(EigenInverse.apply)),
+    ],
+    "exact_deep_linear": [(EigenInverse, "apply", one_percent(EigenInverse.apply))],
+    "exact_one": [(factors, "second_moment", one_percent(factors.second_moment))],
+    "duplicated": [(factors, "_input_moment", a_sum_instead_of_a_mean)],
+    "micro_batches": [(factors, "_total", lambda tensors: [*tensors][-1])],  # the last part wins
+    "scaled": [(EigenInverse, "apply", with_damping_of_its_own)],
+    "masked": [(factors, "_input_moment", without_weights)],
+    "regression": [(EigenInverse, "apply", transposed(EigenInverse.apply))],
+}
+
+
+def check_named(name: str) -> Check:
+    (found,) = (check for check in CHECKS if check.residuals.__name__ == f"_{name}")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "owner", "attribute", "mistake"),
+    [
+        pytest.param(name, *planted, id=f"{name}-{i}")
+        for name, mistakes in PLANTED.items()
+        for i, planted in enumerate(mistakes)
+    ],
+)
+def test_a_mistake_is_caught(
+    name: str, owner: Any, attribute: str, mistake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, attribute, mistake)
+    assert not check_named(name).run(source()).passed
+
+
+# How residuals become a verdict.
+
+
+def constant(*residuals: float) -> Callable[[Source], Iterator[float]]:
+    return lambda source: iter(residuals)
+
+
+@pytest.mark.parametrize(
+    ("bound", "residuals", "worst", "passed"),
+    [
+        (EXACT, (1e-15, 1e-12, 1e-14), 1e-12, True),
+        (EXACT, (1e-15, 2e-12, 1e-14), 2e-12, False),
+        (verify.APART, (0.5, 1e-3, 0.1), 1e-3, True),
+        (verify.APART, (0.5, 1e-4, 0.1), 1e-4, False),
+        (EXACT, (math.nan, 1e-15), math.nan, False),
+        (EXACT, (1e-15, math.nan), math.nan, False),
+        (verify.APART, (math.nan, 0.5), math.nan, False),
+    ],
+)
+def test_the_worst_instance_decides(
+    bound: verify.Bound, residuals: tuple[float, ...], worst: float, passed: bool
+) -> None:
+    result = Check("1", "x = x", bound, constant(*residuals)).run(source())
+    assert result.residual == worst or (math.isnan(worst) and math.isnan(result.residual))
+    assert (result.passed, result.instances) == (passed, len(residuals))
+
+
+def test_a_seed_gives_the_same_instances_in_any_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = next(c for c in CHECKS if c.section == SECTION_1)
+    monkeypatch.setattr(verify, "CHECKS", [check])
+    (alone,) = verify.run(3, CPU)
+    monkeypatch.setattr(verify, "CHECKS", [CHECKS[-1], check])
+    assert verify.run(3, CPU)[1] == alone
+    assert not torch.equal(source(3).normal(2), source(4).normal(2))
+
+
+def test_the_table_has_a_row_for_each_identity_and_says_what_fails() -> None:
+    good = Check("1. A section", "dG = BB' dW AA'", EXACT, constant(1e-15)).run(source())
+    bad = Check("2. Another", "H[u] = H", verify.APART, constant(1e-9)).run(source())
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(verify.table([good, bad]))
+    text = console.export_text()
+    rows = [line for line in text.splitlines() if "holds" in line or "FAILS" in line]
+    assert len(rows) == 2
+    assert all(word in rows[0] for word in ("dG = BB' dW AA'", "1.0e-15", "≤ 1e-12", "holds"))
+    assert all(word in rows[1] for word in ("H[u] = H", "1.0e-09", "≥ 1e-03", "FAILS"))
+    assert "1. A section" in text
+
+
+def test_distance_is_relative_to_the_largest_term() -> None:
+    one, zero = torch.ones(4), torch.zeros(4)
+    assert verify.distance(1.01 * one, one) == pytest.approx(0.01, rel=1e-4)
+    assert verify.distance(1.01 * one, one, 100 * one) == pytest.approx(1e-4, rel=1e-4)
+    assert verify.distance(zero, zero) == 0
+    assert verify.distance(one, zero) == 2
