@@ -29,7 +29,7 @@ def trained_layers(model: nn.Module) -> list[str]:
     ]
 
 
-def _replaced(model: nn.Module, layer: str, M: Tensor) -> dict[str, Tensor]:
+def parts(model: nn.Module, layer: str, M: Tensor) -> dict[str, Tensor]:
     """The layer's trained parameters, by their full names, as M has them."""
     found, column = {}, 0
     for name, p in model.get_submodule(layer).named_parameters():
@@ -45,7 +45,7 @@ def output_of(model: nn.Module, x: Tensor, layer: str) -> Callable[[Tensor], Ten
     shape = matrix(model, layer).shape
 
     def output(m: Tensor) -> Tensor:
-        return functional_call(model, _replaced(model, layer, m.reshape(shape)), (x,))
+        return functional_call(model, parts(model, layer, m.reshape(shape)), (x,))
 
     return output
 

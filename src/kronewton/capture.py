@@ -168,8 +168,9 @@ class Watcher:
         given = [t for _, t in leaves((args, kwargs)) if t.dim()]
         if given and all(t.shape[0] == 0 for t in given):
             raise CriterionError(
-                f"{type(model).__name__} was called on an empty batch, {tuple(given[0].shape)}; a "
-                "batch needs at least one example. Skip it, or set drop_last in the loader."
+                f"{type(model).__name__} was called on an empty batch, {tuple(given[0].shape)}. "
+                "At least one example is needed: skip the batch, or give the loader "
+                "drop_last=True."
             )
         self._forward += 1
         state = random_state() if self.replays else (torch.empty(0), [])

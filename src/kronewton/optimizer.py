@@ -22,6 +22,7 @@ from kronewton.quadratic import flattened
 from kronewton.replay import Replayer
 from kronewton.state import PREFIX, planner_scalars, read_scalars, restore_planner, scalars, split
 
+NO_CURVATURE = "the batch has shown no finite curvature so far, so that no damping can be chosen"
 DECAY_UNIT = 1e-3  # weight decay of an automatic step: AdamW's at its usual learning rate
 
 
@@ -185,14 +186,14 @@ class KFAC(Optimizer):
         if planner.settings is not None:
             self._curvature.refresh(names, planner.settings.inverse_damping)
             plan = planner.plan(self._steps, parts, gradient, self._previous)
-        if plan is None:
+        if planner.settings is None and not self._curvature.scale:
+            self._skip(NO_CURVATURE)
+        elif plan is None:
             self._skip()
         else:
             self._plan = plan
             self._move(plan)
-            if planner.judge(self._steps, parts, plan):
-                self._decay()
-            else:
+            if not planner.judge(self._steps, parts, plan):
                 self._take_back()
         self._curvature.forget_batch()
         self._steps += 1
@@ -250,6 +251,7 @@ class KFAC(Optimizer):
 
     def _move(self, plan: Plan) -> None:
         """Δ = lr·d + momentum·Δ_previous; a group's factor of an automatic lr is applied last."""
+        self._decay(1)
         if self._previous is None:
             self._previous = list(torch._foreach_mul(plan.direction, plan.lr))
         else:
@@ -274,6 +276,7 @@ class KFAC(Optimizer):
 
     def _take_back(self) -> None:
         self._add(-1.0)
+        self._decay(-1)
         self._previous = None
 
     def _common_factor(self) -> float:
@@ -283,22 +286,23 @@ class KFAC(Optimizer):
         factors = {float(group["lr"]) for group in self.param_groups}
         return factors.pop() if len(factors) == 1 else math.nan
 
-    def _decay(self) -> None:
+    def _decay(self, power: int) -> None:
+        """Shrink the weights once (1), or take that back (−1)."""
         for group in self.param_groups:
             if group["weight_decay"]:
                 unit = DECAY_UNIT if self.options.lr == AUTO else 1.0
                 factor = 1 - group["lr"] * unit * group["weight_decay"]
                 for p in group["params"]:
                     if id(p) in self._place and p.grad is not None:
-                        p.mul_(factor)
+                        p.mul_(factor**power)
 
-    def _skip(self) -> None:
+    def _skip(self, why: str = "the loss, a gradient or the curvature was not finite") -> None:
         self._skipped += 1
         self._just_skipped = True
         self._warn(
-            "a step was skipped: the loss, a gradient or the curvature was not finite. The weights "
-            "are as they were. Look for NaN or infinity in the batch; diagnostics()['skipped'] "
-            "counts such steps."
+            f"a step was skipped: {why}. The weights are as they were. Look for NaN or infinity "
+            "in the batch and in what the model makes of it; diagnostics()['skipped'] counts such "
+            "steps."
         )
 
     def _step_fallback(self, fallback: torch.optim.AdamW) -> None:
@@ -477,18 +481,6 @@ class KFAC(Optimizer):
                 f"{own}: it was saved for another model or another grouping. Build the optimizer "
                 "as it was when the state was saved."
             )
-        for layer in self._layers:
-            first = next(iter(layer.parameters().values()))
-            kept = ours.get(self._index[id(first)], {})
-            G = layer.kind.matrix(layer, layer.parameters())
-            sides = {"A_total": G.shape[1], "B_total": G.shape[0]}
-            for key, d in sides.items():
-                if key in kept and kept[key].shape != (d, d):
-                    raise StateError(
-                        f"the state_dict holds a factor of shape {tuple(kept[key].shape)} for "
-                        f"layer '{layer.name}', which needs {d}×{d}: it was saved for another "
-                        "model. Load the state of this model, or start afresh."
-                    )
         for p in self._all:
             i = self._index[id(p)]
             for key, value in theirs["state"].get(i, {}).items():
@@ -505,6 +497,18 @@ class KFAC(Optimizer):
                     f"'{self._names.get(id(p), i)}' of shape {tuple(p.shape)}: it was saved for "
                     "another model. Load the state of this model, or start afresh."
                 )
+        for layer in self._layers:
+            first = next(iter(layer.parameters().values()))
+            kept = ours.get(self._index[id(first)], {})
+            G = layer.kind.matrix(layer, layer.parameters())
+            sides = {"A_total": G.shape[1], "B_total": G.shape[0]}
+            for key, d in sides.items():
+                if key in kept and kept[key].shape != (d, d):
+                    raise StateError(
+                        f"the state_dict holds a factor of shape {tuple(kept[key].shape)} for "
+                        f"layer '{layer.name}', which needs {d}×{d}: it was saved for another "
+                        "model. Load the state of this model, or start afresh."
+                    )
 
     def close(self) -> None:
         """Remove every hook. The optimizer cannot be used afterwards."""

@@ -115,8 +115,7 @@ def _count(name: str, value: Any, least: int, *, auto: bool = False) -> None:
     if auto and value == AUTO:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        but = "; 'auto' is allowed, too." if auto else "."
-        raise OptionError(f"{name} must be a whole number ≥ {least}, not {value!r}{but}")
+        raise OptionError(f"{name} must be a whole number ≥ {least}, not {value!r}.")
 
 
 def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -219,8 +219,8 @@ class Planner:
             return x, 1.0
         share = 1.0 if isinstance(self.options.trust_region, str) else self.options.trust_region
         bend, bound = 0.5 * subspace.bend(x), share * abs(loss_of(parts))
-        if bend > bound:  # a loss that may cross zero has its unit of weight as its size
-            bound = max(bound, share * _weight_of(parts))
+        if bend > bound and isinstance(self.options.trust_region, str):
+            bound = max(bound, _weight_of(parts))  # for losses that may come near zero or cross it
         if not bend > bound:
             return x, 1.0
         factor = math.sqrt(bound / bend)

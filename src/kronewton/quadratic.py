@@ -157,7 +157,8 @@ class QuadraticModel:
             Jv = self._forward(term, direction)
         if term.bridge is not None:
             Jv = term.bridge.push(Jv)
-        return Jv, term.curvature.product(Jv)
+        LJv = term.curvature.product(Jv)
+        return Jv.to(LJv.dtype), LJv
 
     def _forward(self, term: Term, direction: Vector) -> Tensor:
         """J v at the model's output, by torch's forward mode if the model has one."""
@@ -194,8 +195,9 @@ class QuadraticModel:
 
 
 def flattened(vector: Vector) -> Tensor:
-    """All tensors in one: (all parameters,)."""
-    return torch.cat([t.reshape(-1) for t in vector])
+    """All tensors in one, in float32 or better: (all parameters,)."""
+    flat = torch.cat([t.reshape(-1) for t in vector])
+    return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
 
 
 def _symmetric(lower: list[float], k: int) -> list[list[float]]:
