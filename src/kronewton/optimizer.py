@@ -373,7 +373,7 @@ class KFAC(Optimizer):
         settings = None if planner is None else planner.settings
         numbers = {
             "step": self._steps,
-            "lr": math.nan if plan is None else plan.lr,
+            "lr": math.nan if plan is None else plan.lr * self.param_groups[0]["lr"],
             "momentum": math.nan if plan is None else plan.momentum,
             "damping": math.nan if settings is None else settings.damping,
             "inverse_damping": math.nan if settings is None else settings.inverse_damping,

@@ -22,6 +22,7 @@ from kronewton.quadratic import Line, QuadraticModel, Subspace, Term, flattened
 from kronewton.replay import Replayer
 
 MOMENTUM = 0.5  # where no quadratic model chooses it
+MOST_MOMENTUM = 0.9  # of an automatic momentum beside a learning rate that is given
 DAMPING = 10.0  # over the curvature's mean eigenvalue, likewise
 DECREASE = 1e-3  # g'(B ⊗ A + λI)⁻¹g of a step over the loss (over 1 if unknown), at most
 FACTOR_EVERY, INVERSE_EVERY = 5, 20  # steps between renewals, without noise
@@ -182,7 +183,11 @@ class Planner:
             fixed[0] = 1.0  # the direction already has it
         if self.options.momentum != AUTO and len(subspace.slope) > 1:
             fixed[1] = float(self.options.momentum)
-        return subspace.minimise(damping, fixed)
+        x = subspace.minimise(damping, fixed)
+        if len(x) > 1 and 0 in fixed and 1 not in fixed:
+            # A wrong length of the direction is not for the momentum to make good.
+            x[1] = min(max(x[1], 0.0), MOST_MOMENTUM)
+        return x
 
     def _probe(
         self,
