@@ -905,3 +905,27 @@ def test_reruns_of_the_planner_are_not_taken_for_training(monkeypatch):
     assert ran
     assert optimizer._watcher.collect() == ([], False)
     assert not optimizer._watcher.calls
+
+
+class Pooled(nn.Module):
+    """Tokens through a layer, then their mean: one output for each sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Linear(3, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.tokens(x).mean(1))
+
+
+@pytest.mark.parametrize("fisher", DETERMINISTIC)
+def test_the_weight_of_a_pooled_example_is_that_of_its_tokens(fisher):
+    torch.manual_seed(3)
+    model, x, y = Pooled(), torch.randn(6, 7, 3), torch.randint(0, 4, (6,))
+    classes = torch.tensor([1.0, 0.0, 2.0, 0.5])
+    criterion = nn.CrossEntropyLoss(weight=classes)
+    found = seen_by(model, criterion, lambda: backward(model, criterion, x, y), fisher)
+    rows = torch.cat([x, torch.ones(6, 7, 1)], 2)
+    each = (classes[y] / classes[y].sum()).view(6, 1).expand(6, 7)
+    wanted = torch.einsum("nsi,nsj,ns->ij", rows, rows, each) / each.sum()
+    torch.testing.assert_close(found["tokens"].A.mean, wanted, rtol=1e-10, atol=1e-13)

@@ -912,3 +912,30 @@ def test_a_user_who_never_calls_the_criterion_is_told_before_anything_moves():
     with pytest.raises(CriterionError, match=r"optimizer.observe\(output, target, criterion\)"):
         optimizer.step()
     assert vector(model).equal(before)
+
+
+class Uncalled(nn.Module):
+    """Uses a layer's weight without calling the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.uncalled = nn.Linear(3, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.called(x)) @ self.uncalled.weight.T + self.uncalled.bias
+
+
+def test_a_layer_that_is_not_called_is_named_and_still_trained():
+    model, criterion, ((x, y),) = Uncalled(), nn.CrossEntropyLoss(), batches(1)
+    optimizer, before = KFAC(model, criterion, fisher="exact"), model.uncalled.weight.clone()
+    whole(model, criterion, x, y)
+    with pytest.warns(KronewtonWarning, match="layer 'uncalled' has a gradient, but its module"):
+        optimizer.step()
+    assert not model.uncalled.weight.equal(before)
+
+
+def test_an_attention_projection_is_trained_by_the_fallback_by_name():
+    optimizer = KFAC(nn.TransformerEncoderLayer(8, 2, 16), nn.MSELoss())
+    why = {row.parameter: row.why for row in optimizer.coverage().rows}
+    assert why["self_attn.out_proj.weight"] == "its weight is used without calling the module"
+    assert not why["linear1.weight"]

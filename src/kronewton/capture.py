@@ -460,7 +460,7 @@ def row_weights(weights: Tensor, call: LayerCall) -> Tensor:
     if weights.numel() == N * S:
         return weights.reshape(N, S)
     if weights.dim() > 0 and weights.shape[0] == N:
-        return weights.flatten(1).mean(1, keepdim=True).expand(N, S)
+        return weights.reshape(N, -1).mean(1, keepdim=True).expand(N, S)
     return weights.mean()
 
 

@@ -174,6 +174,8 @@ class KFAC(Optimizer):
         planner.look_back(parts)
         seen = by_layer((part.statistics, part.weight) for part in parts)
         self._curvature.learn(seen)
+        if watcher.capturing:
+            self._warn_of_uncalled(seen)
         gradient = flattened([_gradient(p) for p in self._parameters])
         planner.factor = self._common_factor()
         names: Collection[str] = ()
@@ -229,6 +231,19 @@ class KFAC(Optimizer):
             "given to KFAC; for a loss that is computed otherwise pass criterion=None, or call "
             "optimizer.observe(output, target, criterion) before backward()."
         )
+
+    def _warn_of_uncalled(self, seen: Collection[str]) -> None:
+        """Say which layers have a gradient and no curvature, for their step is plain descent."""
+        known = {*seen, *self._curvature.factors}
+        for layer in self._layers:
+            moving = any(p.grad is not None for p in layer.parameters().values())
+            if moving and layer.name not in known:
+                self._warn(
+                    f"layer '{layer.name}' has a gradient, but its module was not called in a way "
+                    "that can be watched (its weight is used directly, or under no_grad and "
+                    "checkpointing): until it is, its step is plain gradient descent. Call the "
+                    "module, or train it with another optimizer."
+                )
 
     def _direction(self, damping: float) -> list[Tensor]:
         """d = −(B ⊗ A + damping·I)⁻¹ g, times the group's lr, for every covered parameter."""

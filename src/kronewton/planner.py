@@ -21,8 +21,8 @@ from kronewton.options import AUTO, Options
 from kronewton.quadratic import Line, QuadraticModel, Subspace, Term, flattened
 from kronewton.replay import Replayer
 
-MOMENTUM = 0.5  # where no quadratic model chooses it
 MOST_MOMENTUM = 0.9  # of an automatic momentum beside a learning rate that is given
+MOMENTUM = 0.5  # where no quadratic model chooses it
 DAMPING = 10.0  # over the curvature's mean eigenvalue, likewise
 DECREASE = 1e-3  # g'(B ⊗ A + λI)⁻¹g of a step over the loss (over 1 if unknown), at most
 FACTOR_EVERY, INVERSE_EVERY = 5, 20  # steps between renewals, without noise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from kronewton.layers.base import Kind, Layer, rows_of, with_bias_entry
 
@@ -39,6 +40,8 @@ class LinearKind(Kind):
     def refusal(self, module: nn.Module) -> str:
         if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
             return "its forward is not that of nn.Linear"
+        if isinstance(module, NonDynamicallyQuantizableLinear):  # MultiheadAttention's out_proj
+            return "its weight is used without calling the module"
         if not all(isinstance(p, Tensor) and p.is_floating_point() for p in module.parameters()):
             return "its parameters are not real floating-point numbers"
         return ""
