@@ -16,7 +16,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check src tests
 	$(BIN)/mypy
 
-# Step costs, and the race on the digits with three seeds: about an hour on two cores.
+# Step costs, and the race on the digits: every rival over its whole grid, then three seeds.
 bench: $(READY)
 	$(BIN)/kronewton bench step-cost --out runs/step-cost
 	$(BIN)/kronewton compare digits-mlp --out runs/digits-mlp

@@ -20,13 +20,7 @@ from kronewton.errors import (
     OptionError,
 )
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 PINNED = {"lr": 0.5, "momentum": 0.3, "damping": 0.05, "trust_region": None}

@@ -25,13 +25,7 @@ from kronewton.factors import Factors, batch_factors, with_corrected
 from kronewton.layers import find_layers
 from kronewton.planner import Planner
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 DETERMINISTIC = ("exact", "empirical")

@@ -14,13 +14,7 @@ from kronewton.factors import Factors, Moment, batch_factors, rotated, with_corr
 from kronewton.layers import find_layers
 from kronewton.types import Statistics
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 ONE = torch.tensor(1.0, dtype=torch.float64)

@@ -13,13 +13,7 @@ from kronewton.curvature import due, due_in_turn
 from kronewton.errors import NotPositiveDefinite
 from kronewton.inverse import EigenInverse, balance, eigen_basis, factored_inverse
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def positive(d: int, rank: int | None = None) -> Tensor:

@@ -9,13 +9,7 @@ from torch import nn
 from kronewton.layers import KINDS, Layer, find_layers
 from kronewton.layers.base import rows_of, with_bias_entry
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 TRAINED = [("weight", "bias"), ("weight",), ("bias",)]

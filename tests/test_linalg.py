@@ -10,13 +10,7 @@ from kronewton import linalg
 from kronewton.errors import NotPositiveDefinite
 from kronewton.linalg import damped_inverse, kronecker_apply, second_moment, symmetric_eigen
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def positive(d: int, dtype: torch.dtype = torch.float64) -> Tensor:

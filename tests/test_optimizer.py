@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import pickle
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -15,17 +16,17 @@ from torch.func import hessian, jacrev
 
 from kronewton import KFAC, factors, inverse
 from kronewton.adapt import FIRST_TRIALS
-from kronewton.errors import CriterionError, KronewtonError, KronewtonWarning, ModelError
+from kronewton.errors import (
+    CriterionError,
+    KronewtonError,
+    KronewtonWarning,
+    ModelError,
+    UnsupportedError,
+)
 from kronewton.layers.base import rows_of
 from kronewton.layers.linear import LinearKind
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 BASES = ("factored", "eigen", "corrected")
@@ -939,3 +940,10 @@ def test_an_attention_projection_is_trained_by_the_fallback_by_name():
     why = {row.parameter: row.why for row in optimizer.coverage().rows}
     assert why["self_attn.out_proj.weight"] == "its weight is used without calling the module"
     assert not why["linear1.weight"]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_a_copy_is_refused_and_told_how_to_be_made(copied):
+    optimizer = KFAC(net(3, 4), nn.MSELoss())
+    with pytest.raises(UnsupportedError, match="make a new KFAC for it"):
+        copied(optimizer)

@@ -14,13 +14,7 @@ from kronewton.losses import curvature
 from kronewton.quadratic import QuadraticModel, Subspace, Term, flattened
 from kronewton.replay import Bridge, ModelCall, Replayer, random_state
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 MODELS = {

@@ -8,13 +8,7 @@ from torch import Tensor, nn
 
 from kronewton.replay import Bridge, ModelCall, Replayer, follow, leaves, random_state
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def call(*args: Tensor, **kwargs: Tensor) -> ModelCall:

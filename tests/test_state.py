@@ -14,13 +14,7 @@ from torch import Tensor, nn
 from kronewton import KFAC
 from kronewton.errors import StateError
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 BASES = ("factored", "eigen", "corrected")

@@ -14,7 +14,13 @@ from torch.optim import Optimizer
 from kronewton.capture import Fisher, Part, Watcher, at_least_float32
 from kronewton.coverage import Coverage, Row
 from kronewton.curvature import Curvature, by_layer, due, due_in_turn
-from kronewton.errors import CriterionError, KronewtonWarning, ModelError, StateError
+from kronewton.errors import (
+    CriterionError,
+    KronewtonWarning,
+    ModelError,
+    StateError,
+    UnsupportedError,
+)
 from kronewton.layers import Layer, find_layers
 from kronewton.options import AUTO, BASES, Options, check_criterion, check_group
 from kronewton.planner import Plan, Planner
@@ -524,6 +530,12 @@ class KFAC(Optimizer):
                         f"layer '{layer.name}', which needs {d}×{d}: it was saved for another "
                         "model. Load the state of this model, or start afresh."
                     )
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise UnsupportedError(
+            "KFAC cannot be copied or pickled: it is tied to its model by hooks. Copy the model, "
+            "make a new KFAC for it, and give that one the old one's state_dict()."
+        )
 
     def close(self) -> None:
         """Remove every hook. The optimizer cannot be used afterwards."""
