@@ -1,7 +1,8 @@
 """Dense curvature of one layer, by autograd alone: what the library is held against.
 
 A layer's matrix M is its weight with the bias as last column, or the trained one of the two. All
-blocks are over M.flatten(), torch's row-major order, in which K-FAC reads B ⊗ A.
+blocks are over M.flatten(), torch's row-major order, in which K-FAC reads B ⊗ A. The parameters of
+a transposed convolution, which has its inputs first, stand one after the other in M's only row.
 """
 
 from __future__ import annotations
@@ -11,30 +12,36 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.conv import _ConvNd
 
 
 def matrix(model: nn.Module, layer: str) -> Tensor:
     """M, (d_out, d_in), as it is now."""
     module = model.get_submodule(layer)
-    columns = [p.detach().reshape(len(p), -1) for p in module.parameters() if p.requires_grad]
-    return torch.cat(columns, 1)
+    trained = [p.detach() for p in module.parameters() if p.requires_grad]
+    return torch.cat([p.reshape(_rows(module, p), -1) for p in trained], 1)
+
+
+def _rows(module: nn.Module, parameter: Tensor) -> int:
+    return 1 if getattr(module, "transposed", False) else len(parameter)
 
 
 def trained_layers(model: nn.Module) -> list[str]:
-    """The nn.Linear layers that have anything to train."""
+    """The layers of a covered kind that have anything to train."""
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and any(p.requires_grad for p in module.parameters())
+        if isinstance(module, (nn.Linear, _ConvNd))
+        and any(p.requires_grad for p in module.parameters())
     ]
 
 
 def parts(model: nn.Module, layer: str, M: Tensor) -> dict[str, Tensor]:
     """The layer's trained parameters, by their full names, as M has them."""
-    found, column = {}, 0
-    for name, p in model.get_submodule(layer).named_parameters():
+    found, column, module = {}, 0, model.get_submodule(layer)
+    for name, p in module.named_parameters():
         if p.requires_grad:
-            width = p.numel() // len(p)
+            width = p.numel() // _rows(module, p)
             found[f"{layer}.{name}"] = M[:, column : column + width].reshape(p.shape)
             column += width
     return found

@@ -641,7 +641,7 @@ def test_a_difference_of_two_forwards_is_not_taken_for_one():
     (part,), _ = watcher.collect()
     watcher.close()
     assert part.call is None or not part.bridge.linear
-    assert [stats.a.shape for stats in part.statistics["0"]] == [(6, 1, 4)] * 2
+    assert [stats.a.dense().shape for stats in part.statistics["0"]] == [(6, 1, 4)] * 2
 
 
 def corrected_and_reduced(model: nn.Module, criterion: nn.Module | None, loop) -> list[Tensor]:

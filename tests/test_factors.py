@@ -11,7 +11,7 @@ from torch import Tensor
 from kronewton import factors as factors_module
 from kronewton.curvature import Curvature
 from kronewton.factors import Factors, Moment, batch_factors, rotated, with_corrected
-from kronewton.layers import find_layers
+from kronewton.layers import DenseRows, find_layers
 from kronewton.types import Statistics
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -22,7 +22,7 @@ ONE = torch.tensor(1.0, dtype=torch.float64)
 
 def statistics(N: int = 4, S: int = 1, V: int = 2, weights: Tensor | None = None) -> Statistics:
     a, b = torch.randn(N, S, 3), torch.randn(V, N, S, 2)
-    return Statistics(a, b, torch.tensor(1 / N) if weights is None else weights)
+    return Statistics(DenseRows(a), b, torch.tensor(1 / N) if weights is None else weights)
 
 
 def basis(d: int) -> Tensor:
@@ -31,7 +31,7 @@ def basis(d: int) -> Tensor:
 
 def exact_block(stats: Statistics) -> Tensor:
     """Σ over draws and examples of vec(G) vec(G)', G the gradient summed over positions."""
-    G = torch.einsum("vnso,nsi->vnoi", stats.b, stats.a).flatten(2).flatten(0, 1)
+    G = torch.einsum("vnso,nsi->vnoi", stats.b, stats.a.dense()).flatten(2).flatten(0, 1)
     return G.T @ G
 
 
@@ -90,7 +90,7 @@ def test_corrected_eigenvalues_run_with_the_factors():
 def test_factors_are_the_mean_over_rows_and_the_sum_over_draws(S):
     stats = statistics(S=S)
     found = batch_factors([(stats, ONE)])
-    rows, b = stats.a.flatten(0, 1), stats.b.flatten(0, 2)
+    rows, b = stats.a.dense().flatten(0, 1), stats.b.flatten(0, 2)
     A = sum(torch.outer(r, r) for r in rows) / len(rows)
     torch.testing.assert_close(found.A.mean, A)
     torch.testing.assert_close(found.B.mean, sum(torch.outer(r, r) for r in b))
@@ -103,17 +103,17 @@ def test_a_row_of_weight_two_is_that_row_twice():
     stats = statistics(weights=torch.tensor([[1.0], [2.0], [1.0], [1.0]]) / 5)
     twice = [0, 1, 1, 2, 3]
     b = stats.b[:, twice] / torch.tensor([1.0, 2, 2, 1, 1]).sqrt()[:, None, None]
-    copies = Statistics(stats.a[twice], b, torch.tensor(1 / 5))
+    copies = Statistics(DenseRows(stats.a.dense()[twice]), b, torch.tensor(1 / 5))
     assert_same(batch_factors([(stats, ONE)]), batch_factors([(copies, ONE)]))
 
 
 def test_a_masked_row_is_absent_in_the_bias_entry_too():
     stats = statistics(weights=torch.tensor([[0.5], [0.0], [0.5], [0.0]]))
-    a = torch.cat([stats.a, torch.ones(4, 1, 1)], -1)
+    a = torch.cat([stats.a.dense(), torch.ones(4, 1, 1)], -1)
     b = stats.b.clone()
     b[:, [1, 3]] = 0
-    cut = Statistics(a[[0, 2]], b[:, [0, 2]], torch.tensor(0.5))
-    found = batch_factors([(Statistics(a, b, stats.weights), ONE)])
+    cut = Statistics(DenseRows(a[[0, 2]]), b[:, [0, 2]], torch.tensor(0.5))
+    found = batch_factors([(Statistics(DenseRows(a), b, stats.weights), ONE)])
     assert_same(found, batch_factors([(cut, ONE)]))
     assert float(found.A.mean[-1, -1]) == pytest.approx(1.0)
 
@@ -128,8 +128,9 @@ def test_uniform_weights_as_a_number_or_row_by_row():
 
 def test_parts_of_unequal_size_add_up_to_the_batch():
     stats = statistics(N=6)
-    first = Statistics(stats.a[:2], stats.b[:, :2] * 3**0.5, torch.tensor(1 / 2))
-    second = Statistics(stats.a[2:], stats.b[:, 2:] * 1.5**0.5, torch.tensor(1 / 4))
+    a, b = stats.a.dense(), stats.b
+    first = Statistics(DenseRows(a[:2]), b[:, :2] * 3**0.5, torch.tensor(1 / 2))
+    second = Statistics(DenseRows(a[2:]), b[:, 2:] * 1.5**0.5, torch.tensor(1 / 4))
     parts = [(first, ONE * 2 / 6), (second, ONE * 4 / 6)]
     assert_same(batch_factors(parts), batch_factors([(stats, ONE)]))
 
@@ -146,7 +147,8 @@ def test_a_part_of_weight_c_scales_b_and_leaves_the_mean_of_a():
 def test_one_bad_number_anywhere_is_found(side, bad):
     stats = statistics()
     assert bool(batch_factors([(stats, ONE)]).finite())
-    getattr(stats, side).view(-1)[1] = bad
+    rows = stats.a.dense() if side == "a" else stats.b
+    rows.view(-1)[1] = bad
     assert not bool(batch_factors([(stats, ONE)]).finite())
 
 

@@ -2,72 +2,143 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from kronewton.layers import KINDS, Layer, find_layers
+from cases import CASES, Case
+from kronewton.layers import KINDS, DenseRows, Layer, convolution, find_layers, kind_of
+from kronewton.layers import linear as linear_module
 from kronewton.layers.base import rows_of, with_bias_entry
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
 TRAINED = [("weight", "bias"), ("weight",), ("bias",)]
-LEADS = [(), (4,), (4, 3), (4, 3, 2)]
+LEADS = [(4,), ()]  # a batch, or one example without a dimension for it
 
 
 def linear(trained: tuple[str, ...]) -> Layer:
     return Layer("fc", nn.Linear(3, 2), KINDS[nn.Linear], trained)
 
 
+def layers_of(case: Case) -> list[Layer]:
+    """The case's layer with all that can be trained of it, and with parts of it frozen."""
+    module = case.make()
+    choices = [t for t in TRAINED if module.bias is not None or t == ("weight",)]
+    return [Layer("layer", module, kind_of(module), trained) for trained in choices]
+
+
+def unbatched(case: Case, lead: tuple[int, ...]) -> bool:
+    return not lead and case.name.startswith("linear") and len(case.example) > 1
+
+
 def ids(model: nn.Module) -> set[int]:
     return {id(p) for p in model.parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("trained", TRAINED)
-@pytest.mark.parametrize("lead", LEADS)
-def test_rows_times_the_matrix_are_the_layers_output(trained, lead):
-    layer, x = linear(trained), torch.randn(*lead, 3)
-    a = layer.kind.input_rows(layer, x)
-    G = layer.kind.matrix(layer, layer.parameters())
-    out = (a @ G.T).reshape(*lead, 2)
-    module = layer.module
-    wanted = {
-        ("weight", "bias"): module(x),
-        ("weight",): module(x) - module.bias,
-        ("bias",): module.bias.expand(*lead, 2),
-    }[trained]
-    torch.testing.assert_close(out, wanted)
+def contribution(layer: Layer, x: Tensor) -> Tensor:
+    """What the trained parameters add to the layer's output."""
+    module = copy.deepcopy(layer.module)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if name not in layer.trained:
+                p.zero_()
+    return module(x).detach()
 
 
-@pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("lead", LEADS)
-def test_rows_of_gradients_and_inputs_form_the_weight_gradient(trained, lead):
-    layer, x = linear(trained), torch.randn(*lead, 3)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rows_times_the_matrix_are_the_layers_output(case, lead):
+    if unbatched(case, lead):
+        return  # the first dimension of a sequence is taken for the examples
+    for layer in layers_of(case):
+        x = torch.randn(*lead, *case.example)
+        out = contribution(layer, x)
+        a = layer.kind.input_rows(layer, x, out.shape).dense()
+        G = layer.kind.matrix(layer, layer.parameters())
+        rows = layer.kind.output_rows(layer, out)
+        torch.testing.assert_close(a @ G.mT.unsqueeze(-3), rows, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("lead", LEADS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rows_of_gradients_and_inputs_form_the_weight_gradient(case, lead):
+    if unbatched(case, lead):
+        return
+    for layer in layers_of(case):
+        x = torch.randn(*lead, *case.example)
+        out = layer.module(x)
+        u, trained = torch.randn_like(out), layer.parameters()
+        grads = dict(zip(trained, torch.autograd.grad(out, list(trained.values()), u), strict=True))
+        rows = layer.kind.input_rows(layer, x, out.shape)
+        a, b = rows.dense(), layer.kind.output_rows(layer, u)
+        G = torch.einsum("...nso,...nsi->...oi", b, a)
+        wanted = layer.kind.matrix(layer, grads)
+        torch.testing.assert_close(G, wanted, rtol=1e-12, atol=1e-12)
+        assert rows.counts == b.shape[-3:-1] == a.shape[-3:-1]
+        assert rows.counts[0] == (lead[0] if lead else 1)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_split_is_the_inverse_of_matrix(case):
+    for layer in layers_of(case):
+        parts = layer.kind.split(layer, layer.kind.matrix(layer, layer.parameters()))
+        assert set(parts) == set(layer.trained)
+        for name, tensor in layer.parameters().items():
+            assert parts[name].equal(tensor)
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 22])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rows_that_are_not_laid_out_are_what_they_would_be(case, chunk, monkeypatch):
+    monkeypatch.setattr(convolution, "CHUNK", chunk)
+    for layer in layers_of(case):
+        x = torch.randn(5, *case.example)
+        rows = layer.kind.input_rows(layer, x, layer.module(x).shape)
+        dense = DenseRows(rows.dense())
+        weights = torch.rand(rows.counts)
+        for given in (None, weights, torch.zeros_like(weights)):
+            close = {"rtol": 1e-12, "atol": 1e-12}
+            found = rows.second_moment(given)
+            torch.testing.assert_close(found, dense.second_moment(given), **close)
+            torch.testing.assert_close(found, found.mT)
+            torch.testing.assert_close(rows.averaged(given), dense.averaged(given), **close)
+        torch.testing.assert_close(rows.dense(1, 3), dense.rows[..., 1:3, :, :])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_memory_format_changes_nothing(case):
+    layer = layers_of(case)[0]
+    x = torch.randn(3, *case.example)
     out = layer.module(x)
-    u = torch.randn_like(out)
-    grads = dict(
-        zip(trained, torch.autograd.grad(out, list(layer.parameters().values()), u), strict=True)
-    )
-    a, b = layer.kind.input_rows(layer, x), layer.kind.output_rows(layer, u)
-    G = torch.einsum("nso,nsi->oi", b, a)
-    torch.testing.assert_close(G, layer.kind.matrix(layer, grads))
-    assert a.shape[0] == b.shape[0] == (lead[0] if lead else 1)
+    last_first = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    u = out.movedim(1, -1).contiguous().movedim(-1, 1)
+    rows = layer.kind.input_rows(layer, x, out.shape)
+    other = layer.kind.input_rows(layer, last_first, out.shape)
+    torch.testing.assert_close(other.second_moment(), rows.second_moment())
+    b = layer.kind.output_rows(layer, out)
+    torch.testing.assert_close(layer.kind.output_rows(layer, u), b)
 
 
-@pytest.mark.parametrize("trained", TRAINED)
-def test_split_is_the_inverse_of_matrix(trained):
-    layer = linear(trained)
-    parts = layer.kind.split(layer, layer.kind.matrix(layer, layer.parameters()))
-    assert set(parts) == set(trained)
-    for name, tensor in layer.parameters().items():
-        assert parts[name].equal(tensor)
+def test_an_output_size_asked_for_in_the_call_is_followed():
+    module = nn.ConvTranspose2d(2, 3, 3, 3, 1)
+    layer = Layer("up", module, kind_of(module), ("weight", "bias"))
+    x = torch.randn(2, 2, 3, 3)
+    for size in ((7, 7), (8, 9)):
+        out = module(x, output_size=size)
+        a = layer.kind.input_rows(layer, x, out.shape).dense()
+        rows = a @ layer.kind.matrix(layer, layer.parameters()).mT
+        torch.testing.assert_close(rows, layer.kind.output_rows(layer, out))
 
 
 def test_mutant_without_the_bias_column_is_caught(monkeypatch):
     layer, x = linear(("weight", "bias")), torch.randn(4, 3)
-    monkeypatch.setattr(type(layer.kind), "input_rows", lambda self, layer, inputs: rows_of(inputs))
-    a, G = layer.kind.input_rows(layer, x), layer.kind.matrix(layer, layer.parameters())
+    monkeypatch.setattr(linear_module, "with_bias_entry", lambda rows: rows)
+    a = layer.kind.input_rows(layer, x, torch.Size((4, 2))).dense()
+    G = layer.kind.matrix(layer, layer.parameters())
     assert a.shape[-1] != G.shape[-1]
 
 
@@ -88,16 +159,14 @@ def test_the_bias_entry_is_the_last_and_one():
 
 
 def test_every_trained_parameter_is_in_a_layer_or_has_a_reason():
-    model = nn.Sequential(
-        nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 4, bias=False), nn.Conv1d(1, 1, 3)
-    )
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 4, bias=False), nn.PReLU())
     layers, reasons = find_layers(model, ids(model))
     assert [layer.name for layer in layers] == ["0", "2"]
     covered = {id(p) for layer in layers for p in layer.parameters().values()}
     assert covered | set(reasons) == ids(model)
     assert not covered & set(reasons)
     assert reasons[id(model[1].weight)] == "LayerNorm has no kind yet"
-    assert reasons[id(model[3].bias)] == "Conv1d has no kind yet"
+    assert reasons[id(model[3].weight)] == "PReLU has no kind yet"
 
 
 def test_frozen_parts_are_left_out():

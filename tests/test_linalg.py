@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,13 +20,14 @@ def positive(d: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return rows.T @ rows
 
 
-@pytest.mark.parametrize("lead", [(5,), (2, 3), (2, 3, 4)])
-def test_second_moment_sums_outer_products_over_all_leading_dimensions(lead):
-    rows, weights = torch.randn(*lead, 3), torch.rand(*lead)
-    flat = rows.reshape(-1, 3)
-    dense = sum(w * torch.outer(r, r) for r, w in zip(flat, weights.flatten(), strict=True))
-    torch.testing.assert_close(second_moment(rows, weights), dense)
-    torch.testing.assert_close(second_moment(rows), second_moment(rows, torch.ones(*lead)))
+@pytest.mark.parametrize("blocks", [(), (2,), (2, 3)])
+def test_second_moment_sums_outer_products_of_each_block(blocks):
+    rows, weights = torch.randn(*blocks, 5, 3), torch.rand(5)
+    for index in itertools.product(*map(range, blocks)):
+        pairs = zip(rows[index], weights, strict=True)
+        dense = sum(w * torch.outer(r, r) for r, w in pairs)
+        torch.testing.assert_close(second_moment(rows, weights)[index], dense)
+    torch.testing.assert_close(second_moment(rows), second_moment(rows, torch.ones(5)))
 
 
 def test_second_moment_with_weight_two_is_the_row_twice_and_with_zero_its_absence():

@@ -23,6 +23,7 @@ from kronewton.errors import (
     ModelError,
     UnsupportedError,
 )
+from kronewton.layers import DenseRows
 from kronewton.layers.base import rows_of
 from kronewton.layers.linear import LinearKind
 
@@ -164,9 +165,9 @@ def test_mutants_of_the_central_pieces_are_caught(mutant, monkeypatch):
         )
     elif mutant == "no bias":
 
-        def without(self, layer, inputs):
+        def without(self, layer, inputs, outputs):
             rows = rows_of(inputs)
-            return torch.cat([rows, torch.zeros_like(rows[..., :1])], -1)
+            return DenseRows(torch.cat([rows, torch.zeros_like(rows[..., :1])], -1))
 
         monkeypatch.setattr(LinearKind, "input_rows", without)
     else:

@@ -101,7 +101,7 @@ def without_lambda(A: Tensor, B: Tensor, Lambda: Tensor | None = None) -> Tensor
 
 def a_sum_instead_of_a_mean(stats: Statistics, part: Tensor) -> factors.Moment:
     right = INPUT_MOMENT(stats, part)
-    return factors.Moment(right.total * stats.a.shape[0], right.count)
+    return factors.Moment(right.total * stats.a.counts[0], right.count)
 
 
 def without_weights(stats: Statistics, part: Tensor) -> factors.Moment:

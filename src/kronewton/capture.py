@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kronewton.errors import CriterionError
-from kronewton.layers import Layer
+from kronewton.layers import DenseRows, Layer
 from kronewton.losses import OutputCurvature, check, check_values, curvature
 from kronewton.replay import Bridge, ModelCall, Path, leaves, random_state, versions
-from kronewton.types import Statistics
+from kronewton.types import Rows, Statistics
 
 STRAY_FORWARDS = 8  # forwards without a backward whose graphs are kept at most
 
@@ -33,8 +33,8 @@ class LayerCall:
     """One call of a watched layer: its rows a and where its output is in the graph."""
 
     layer: Layer
-    a: Tensor  # (N, S, d_in)
-    lead: torch.Size  # leading shape of the layer's output
+    a: Rows  # (…, N, S, d_in)
+    batched: bool  # or a single example without a dimension for it
     edge: GradientEdge
     forward: int  # which forward of the model it belongs to
 
@@ -198,9 +198,10 @@ class Watcher:
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             # The user may put the next batch where this one is; activations stay as they are.
             own = inputs.detach() if inputs.requires_grad else inputs.clone()
-            a = layer.kind.input_rows(layer, at_least_float32(own))
+            a = layer.kind.input_rows(layer, at_least_float32(own), output.shape)
         edge = get_gradient_edge(output)
-        call = LayerCall(layer, a, output.shape[:-1], edge, self._forward)
+        batched = output.dim() > layer.kind.example_dims(layer)
+        call = LayerCall(layer, a, batched, edge, self._forward)
         if self.fisher.rides_along:
             output.register_hook(_Arrival(self, call))
         self.calls.append(call)
@@ -275,7 +276,7 @@ class Watcher:
     def _backpropagate(self, part: Part, output: Tensor) -> bool:
         """Fill in the part's statistics; False if no watched layer leads to its output."""
         calls = list(self.calls)
-        part.batched = not any(len(call.lead) == 0 for call in calls)
+        part.batched = all(call.batched for call in calls)
         edges = [call.edge for call in calls]
         if not calls:
             return False
@@ -304,8 +305,9 @@ class Watcher:
         for k, call in enumerate(calls):
             found = [gradients[k] for gradients in rows]
             if all(g is not None for g in found):
-                b = torch.stack([_output_rows(call, g) for g in found if g is not None])
-                reached.setdefault(call.layer.name, []).append((call, b))  # b (V, N, S, d_out)
+                rows_b = [_output_rows(call, g) for g in found if g is not None]
+                b = torch.stack(rows_b, -4)  # (…, V, N, S, d_out)
+                reached.setdefault(call.layer.name, []).append((call, b))
         for name, seen in reached.items():
             stats = [self._statistics(call, b, weights) for call, b in seen]
             part.statistics[name] = stats
@@ -314,7 +316,7 @@ class Watcher:
         return bool(used)
 
     def _statistics(self, call: LayerCall, b: Tensor, weights: Tensor) -> Statistics:
-        return Statistics(call.a, b, row_weights(weights, call), call.forward)
+        return Statistics(call.a, b, row_weights(weights, *call.a.counts), call.forward)
 
     # What arrives in the user's own backward pass.
 
@@ -327,7 +329,7 @@ class Watcher:
             self.calls = [call for call in self.calls if call.forward not in part.forwards]
 
     def _arrived(self, call: LayerCall, gradient: Tensor) -> None:
-        b = _output_rows(call, gradient).unsqueeze(0)  # (1, N, S, d_out)
+        b = _output_rows(call, gradient).unsqueeze(-4)  # (…, 1, N, S, d_out)
         self._arrivals.append((call, b))
 
     def _file_arrivals(self) -> None:
@@ -355,7 +357,7 @@ class Watcher:
             return []
         examples: dict[str, int] = {}
         for call, b in self._arrivals:
-            examples[call.layer.name] = examples.get(call.layer.name, 0) + b.shape[1]
+            examples[call.layer.name] = examples.get(call.layer.name, 0) + b.shape[-3]
         # The smallest: a layer that is called twice in a forward pass sees its examples twice.
         N = min(examples.values())
         one = self._arrivals[0][1].new_ones(())
@@ -448,7 +450,7 @@ class _Arrival:
             watcher._arrived(self._call, gradient.detach())
 
 
-def row_weights(weights: Tensor, call: LayerCall) -> Tensor:
+def row_weights(weights: Tensor, N: int, S: int) -> Tensor:
     """The weights of a criterion's positions (N, *positions), carried to the rows of a layer.
 
     Position by position where the shapes agree; summed over an example's positions and spread
@@ -456,7 +458,6 @@ def row_weights(weights: Tensor, call: LayerCall) -> Tensor:
     """
     if not any(weights.stride()):  # one number, expanded
         return weights.flatten()[0] if weights.numel() else weights.new_zeros(())
-    N, S = call.a.shape[:2]
     if weights.numel() == N * S:
         return weights.reshape(N, S)
     if weights.dim() > 0 and weights.shape[0] == N:
@@ -471,7 +472,7 @@ def joined(calls: list[Statistics]) -> list[Statistics]:
     """
     groups: dict[tuple[int, int, int], list[Statistics]] = {}
     for stats in calls:
-        key = (stats.forward, stats.a.shape[0], stats.b.shape[0])
+        key = (stats.forward, stats.a.counts[0], stats.b.shape[-4])
         groups.setdefault(key, []).append(stats)
     return [_joined(group) for group in groups.values()]
 
@@ -482,9 +483,9 @@ def _joined(calls: list[Statistics]) -> Statistics:
         return first
     weights = first.weights
     if any(s.weights.dim() for s in calls):
-        weights = torch.cat([s.weights.expand(s.a.shape[:2]) for s in calls], 1)
-    a, b = torch.cat([s.a for s in calls], 1), torch.cat([s.b for s in calls], 2)
-    return Statistics(a, b, weights, first.forward)
+        weights = torch.cat([s.weights.expand(s.a.counts) for s in calls], 1)
+    a = DenseRows(torch.cat([s.a.dense() for s in calls], -2))
+    return Statistics(a, torch.cat([s.b for s in calls], -2), weights, first.forward)
 
 
 def reduced(stats: Statistics) -> Statistics:
@@ -492,14 +493,16 @@ def reduced(stats: Statistics) -> Statistics:
 
     Eschenhagen et al. 2023, section 3.3. Masked positions are left out of the average.
     """
-    S = stats.a.shape[1]
-    b = stats.b.sum(2, keepdim=True)  # (V, N, 1, d_out)
+    S = stats.a.counts[1]
+    if S == 1:
+        return stats
+    b = stats.b.sum(-2, keepdim=True)  # (…, V, N, 1, d_out)
     if stats.weights.dim() == 0:
-        return Statistics(stats.a.mean(1, keepdim=True), b, stats.weights * S, stats.forward)
+        return Statistics(DenseRows(stats.a.averaged()), b, stats.weights * S, stats.forward)
     share = stats.weights.sum(1, keepdim=True)  # (N, 1)
     safe = torch.where(share > 0, share, torch.ones_like(share))
-    a = torch.einsum("nsi,ns->ni", stats.a, stats.weights / safe).unsqueeze(1)  # (N, 1, d_in)
-    return Statistics(a, b, share, stats.forward)
+    a = stats.a.averaged(stats.weights / safe)  # (…, N, 1, d_in)
+    return Statistics(DenseRows(a), b, share, stats.forward)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class Curvature:
     ) -> Moment:
         """Corrected eigenvalues in a new basis: this batch measured again, the rest rotated."""
         assert factors.s is not None
-        R_A, R_B = old.U_A.T @ new.U_A, old.U_B.T @ new.U_B
+        R_A, R_B = old.U_A.mT @ new.U_A, old.U_B.mT @ new.U_B
         if seen is None:
             return rotated(factors.s, R_A, R_B)
         batch = batch_factors(seen)

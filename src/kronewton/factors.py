@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kronewton.linalg import second_moment
+from kronewton.linalg import diagonal, second_moment
 from kronewton.types import Statistics
 
 CHUNK = 1 << 24  # numbers in one chunk of per-example gradients
@@ -41,9 +41,9 @@ class Moment:
 class Factors:
     """The moments of one layer: A over rows, B over batches, and s in an eigenbasis if kept."""
 
-    A: Moment  # (d_in, d_in), counted by the rows' weights in the loss
-    B: Moment  # (d_out, d_out), counted by batches
-    s: Moment | None = None  # (d_out, d_in), counted by batches
+    A: Moment  # (…, d_in, d_in), counted by the rows' weights in the loss
+    B: Moment  # (…, d_out, d_out), counted by batches
+    s: Moment | None = None  # (…, d_out, d_in), counted by batches
 
     def then(self, batch: Factors, decay: float) -> Factors:
         """The running moments after one more batch."""
@@ -55,17 +55,18 @@ class Factors:
     def finite(self) -> Tensor:
         """Whether every number is finite, as a tensor ()."""
         # Diagonals are enough: a bad entry of a row reaches the diagonal through its square.
-        return torch.isfinite(self.A.total.diagonal().sum() + self.B.total.diagonal().sum())
+        return torch.isfinite(diagonal(self.A.total).sum() + diagonal(self.B.total).sum())
 
     @property
     def size(self) -> int:
         """How many numbers the layer's matrix has."""
-        return self.A.total.shape[0] * self.B.total.shape[0]
+        d_in, d_out = self.A.total.shape[-1], self.B.total.shape[-1]
+        return self.A.total.shape[:-2].numel() * d_in * d_out
 
     def trace(self) -> Tensor:
         """Trace of B ⊗ A, ()."""
-        A, B = self.A.mean.diagonal().sum(), self.B.mean.diagonal().sum()
-        return A * B
+        A, B = diagonal(self.A.mean).sum(-1), diagonal(self.B.mean).sum(-1)  # (…)
+        return (A * B).sum()
 
 
 Observation = tuple[Statistics, Tensor]  # and the weight of its part of the batch in the loss
@@ -74,7 +75,7 @@ Observation = tuple[Statistics, Tensor]  # and the weight of its part of the bat
 def batch_factors(observations: Sequence[Observation]) -> Factors:
     """A and B of one layer over all parts of one batch and all calls of the layer in them."""
     A = _sum(_input_moment(stats, part) for stats, part in observations)
-    total = _total(part * second_moment(stats.b) for stats, part in observations)
+    total = _total(part * second_moment(stats.b.flatten(-4, -2)) for stats, part in observations)
     return Factors(A, Moment(total, total.new_ones(())))
 
 
@@ -82,9 +83,9 @@ def _input_moment(stats: Statistics, part: Tensor) -> Moment:
     # Weighted by the loss: an example of weight 2 is that example twice, a masked one is not there.
     weights = stats.weights
     if weights.dim() == 0:
-        rows = stats.a.shape[0] * stats.a.shape[1]
-        return Moment(part * weights * second_moment(stats.a), part * weights * rows)
-    return Moment(part * second_moment(stats.a, weights), part * weights.sum())
+        N, S = stats.a.counts
+        return Moment(part * weights * stats.a.second_moment(), part * weights * (N * S))
+    return Moment(part * stats.a.second_moment(weights), part * weights.sum())
 
 
 def with_corrected(
@@ -100,15 +101,18 @@ def with_corrected(
 
 
 def _rotated_squares(stats: Statistics, U_A: Tensor, U_B: Tensor) -> Tensor:
-    a, b = stats.a @ U_A, stats.b @ U_B  # (N, S, d_in), (V, N, S, d_out)
-    if a.shape[1] == 1:
-        return b.square().flatten(0, -2).T @ a.square().flatten(0, -2).repeat(b.shape[0], 1)
-    step = max(1, CHUNK // (a.shape[-1] * b.shape[-1]))
-    total = a.new_zeros(b.shape[-1], a.shape[-1])
-    for draw in b:
-        for n in range(0, a.shape[0], step):
-            G = torch.einsum("nso,nsi->noi", draw[n : n + step], a[n : n + step])
-            total += G.square().sum(0)
+    N, S = stats.a.counts
+    d_out, d_in, V = U_B.shape[-1], U_A.shape[-1], stats.b.shape[-4]
+    step = max(1, CHUNK // (S * (d_in + V * d_out) + V * d_out * d_in))  # examples
+    total = U_A.new_zeros(*U_A.shape[:-2], d_out, d_in)
+    for n in range(0, N, step):
+        a = stats.a.dense(n, n + step).unsqueeze(-4) @ U_A.unsqueeze(-3).unsqueeze(-3)
+        b = stats.b[..., n : n + step, :, :] @ U_B.unsqueeze(-3).unsqueeze(-3)
+        if S == 1:  # the square of a product is the product of squares
+            b2 = b.square().sum(-4).squeeze(-2)  # (…, n, d_out)
+            total += b2.mT @ a.square().squeeze(-4).squeeze(-2)
+        else:
+            total += (b.mT @ a).square().sum((-4, -3))  # (…, V, n, d_out, d_in)
     return total
 
 
@@ -117,7 +121,7 @@ def rotated(s: Moment, R_A: Tensor, R_B: Tensor) -> Moment:
 
     Keeps the trace, since R∘R is doubly stochastic. Exact if only the eigenvalues have changed.
     """
-    return Moment(R_B.square().T @ s.total @ R_A.square(), s.count)
+    return Moment(R_B.square().mT @ s.total @ R_A.square(), s.count)
 
 
 def _sum(moments: Iterable[Moment]) -> Moment:

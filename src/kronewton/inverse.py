@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kronewton.linalg import damped_inverse, kronecker_apply, symmetric_eigen
+from kronewton.linalg import damped_inverse, diagonal, kronecker_apply, symmetric_eigen
 
 
 class Inverse(ABC):
-    """Applies (block + damping·I)⁻¹ to a gradient matrix. The damping is in units of the loss."""
+    """Applies (block + damping·I)⁻¹ to a gradient matrix. The damping is in units of the loss.
+
+    Every tensor may have one dimension more in front: a batch of blocks.
+    """
 
     @abstractmethod
     def apply(self, G: Tensor, damping: float) -> Tensor:
@@ -49,12 +52,12 @@ class EigenInverse(Inverse):
     s: Tensor  # (d_out, d_in)
 
     def apply(self, G: Tensor, damping: float) -> Tensor:
-        rotated = (self.U_B.T @ G) @ self.U_A
+        rotated = (self.U_B.mT @ G) @ self.U_A
         # A direction without curvature and without damping is left alone: the pseudo-inverse.
         scale = self.s + damping
         floor = torch.finfo(scale.dtype).eps * scale.max() if damping == 0 else 0.0
         rotated = torch.where(scale > floor, rotated / scale, torch.zeros_like(rotated))
-        return (self.U_B @ rotated) @ self.U_A.T
+        return (self.U_B @ rotated) @ self.U_A.mT
 
     def tensors(self) -> dict[str, Tensor]:
         return {"U_A": self.U_A, "U_B": self.U_B, "s": self.s}
@@ -76,8 +79,8 @@ def factored_inverse(A: Tensor, B: Tensor, damping: float, name: str) -> Factore
 
 
 def balance(A: Tensor, B: Tensor) -> Tensor:
-    """π = √((tr A / d_A) / (tr B / d_B)), (); 1 where a factor is zero and it has no meaning."""
-    a, b = A.diagonal().mean(), B.diagonal().mean()
+    """π = √((tr A / d_A) / (tr B / d_B)), (…); 1 where a factor is zero and it has no meaning."""
+    a, b = diagonal(A).mean(-1), diagonal(B).mean(-1)
     meaningful = (a > 0) & (b > 0)
     return torch.where(meaningful, (a / b.where(meaningful, torch.ones_like(b))).sqrt(), 1.0)
 
@@ -86,4 +89,4 @@ def eigen_basis(A: Tensor, B: Tensor, name: str) -> EigenInverse:
     """Diagonalise B ⊗ A through its factors; raises NotPositiveDefinite, naming the layer."""
     s_A, U_A = symmetric_eigen(A, f"the input factor A of layer '{name}'")
     s_B, U_B = symmetric_eigen(B, f"the gradient factor B of layer '{name}'")
-    return EigenInverse(U_A, U_B, torch.outer(s_B, s_A))
+    return EigenInverse(U_A, U_B, s_B.unsqueeze(-1) * s_A.unsqueeze(-2))

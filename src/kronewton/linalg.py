@@ -11,31 +11,30 @@ JITTERS = (0.0, 1e-9, 1e-7, 1e-5, 1e-3)  # added to the diagonal, relative to it
 
 
 def second_moment(rows: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Sum of weighted outer products of rows: (…, d) with weights (…) gives (d, d)."""
-    flat = rows.reshape(-1, rows.shape[-1])  # (n, d)
+    """Sum of weighted outer products of rows: (…, n, d) with weights (n) gives (…, d, d)."""
     if weights is None:
-        return flat.T @ flat
-    return flat.T @ (flat * weights.reshape(-1, 1))
+        return rows.mT @ rows
+    return rows.mT @ (rows * weights.unsqueeze(-1))
 
 
 def kronecker_apply(B: Tensor, A: Tensor, G: Tensor) -> Tensor:
-    """(B ⊗ A) vec(G) as a matrix, for symmetric A (d_in, d_in): B G A."""
+    """(B ⊗ A) vec(G) as a matrix, for symmetric A (…, d_in, d_in): B G A."""
     # The thinner product first: it is the cheaper order and the same number.
-    if G.shape[0] <= G.shape[1]:
+    if G.shape[-2] <= G.shape[-1]:
         return (B @ G) @ A
     return B @ (G @ A)
 
 
 def damped_inverse(matrix: Tensor, damping: Tensor | float, name: str) -> Tensor:
-    """Inverse of matrix + damping·I for a positive semi-definite matrix (d, d).
+    """Inverse of matrix + damping·I for positive semi-definite matrices (…, d, d), damping (…).
 
     Cholesky in the given precision, then in float64 with a growing jitter on the diagonal.
     Raises NotPositiveDefinite, naming the factor, if none of them is positive definite.
     """
     factor, info = torch.linalg.cholesky_ex(_with_diagonal(matrix, damping))
-    if int(info) == 0:
+    if not bool(info.any()):
         inverse = torch.cholesky_inverse(factor)
-        if bool(torch.isfinite(inverse.diagonal()).all()):
+        if bool(torch.isfinite(diagonal(inverse)).all()):
             return inverse
     return _careful_inverse(matrix, damping, name)
 
@@ -43,21 +42,21 @@ def damped_inverse(matrix: Tensor, damping: Tensor | float, name: str) -> Tensor
 def _careful_inverse(matrix: Tensor, damping: Tensor | float, name: str) -> Tensor:
     _require_finite(matrix, name)
     wide = matrix.double()
-    mean = wide.diagonal().mean().abs().clamp_min(torch.finfo(torch.float64).tiny)
+    mean = diagonal(wide).mean(-1).abs().clamp_min(torch.finfo(torch.float64).tiny)
     for jitter in JITTERS:
         factor, info = torch.linalg.cholesky_ex(_with_diagonal(wide, damping + jitter * mean))
-        if int(info) == 0:
+        if not bool(info.any()):
             inverse = torch.cholesky_inverse(factor).to(matrix.dtype)
             if bool(torch.isfinite(inverse).all()):
                 return inverse
     raise NotPositiveDefinite(
-        f"{name} ({matrix.shape[0]}×{matrix.shape[0]}) could not be inverted even with "
+        f"{name} ({matrix.shape[-1]}×{matrix.shape[-1]}) could not be inverted even with "
         f"{JITTERS[-1]:g} of its mean diagonal added; raise `damping` or use basis='eigen'."
     )
 
 
 def symmetric_eigen(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Eigenvalues s (d,), ascending and not below zero, and eigenvectors U (d, d) as columns.
+    """Eigenvalues s (…, d), ascending, not below zero, and eigenvectors U (…, d, d) as columns.
 
     Retries in float64 if LAPACK gives up. Raises NotPositiveDefinite, naming the factor, if the
     matrix is not finite or no attempt converges.
@@ -78,8 +77,13 @@ def symmetric_eigen(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 def _with_diagonal(matrix: Tensor, value: Tensor | float) -> Tensor:
     out = matrix.clone()
-    out.diagonal().add_(value)
+    diagonal(out).add_(value.unsqueeze(-1) if isinstance(value, Tensor) else value)
     return out
+
+
+def diagonal(matrix: Tensor) -> Tensor:
+    """The diagonals of (…, d, d) as a view (…, d)."""
+    return matrix.diagonal(dim1=-2, dim2=-1)
 
 
 def _require_finite(matrix: Tensor, name: str) -> None:

@@ -522,12 +522,13 @@ class KFAC(Optimizer):
             first = next(iter(layer.parameters().values()))
             kept = ours.get(self._index[id(first)], {})
             G = layer.kind.matrix(layer, layer.parameters())
-            sides = {"A_total": G.shape[1], "B_total": G.shape[0]}
+            sides = {"A_total": G.shape[-1], "B_total": G.shape[-2]}
             for key, d in sides.items():
-                if key in kept and kept[key].shape != (d, d):
+                wanted = (*G.shape[:-2], d, d)
+                if key in kept and kept[key].shape != wanted:
                     raise StateError(
                         f"the state_dict holds a factor of shape {tuple(kept[key].shape)} for "
-                        f"layer '{layer.name}', which needs {d}×{d}: it was saved for another "
+                        f"layer '{layer.name}', which needs {wanted}: it was saved for another "
                         "model. Load the state of this model, or start afresh."
                     )
 

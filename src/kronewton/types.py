@@ -18,20 +18,45 @@ Symbols, with shapes. Every room uses these and no others.
 Layout, said once. torch stores W as (d_out, d_in) and flattens row by row, so that a layer's
 curvature block reads B ⊗ A. The note stacks columns, and the same matrix reads AA' ⊗ BB'.
 The product is never formed: (B ⊗ A) vec(G) = vec(B G A).
+
+A layer that is several small ones beside each other (a convolution in groups) has one more
+dimension in front of a, b, A, B and G: a batch of blocks, written … in shapes.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from torch import Tensor
+
+
+class Rows(ABC):
+    """A layer's input rows a: laid out in memory, or known by what they are made from."""
+
+    @property
+    @abstractmethod
+    def counts(self) -> tuple[int, int]:
+        """N and S."""
+
+    @abstractmethod
+    def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The rows of some examples, or of all: (…, N, S, d_in)."""
+
+    @abstractmethod
+    def second_moment(self, weights: Tensor | None = None) -> Tensor:
+        """Sum of outer products, each row with its weight (N, S): (…, d_in, d_in)."""
+
+    @abstractmethod
+    def averaged(self, shares: Tensor | None = None) -> Tensor:
+        """One row for each example: the mean over its positions, or Σ shares·a: (…, N, 1, d_in)."""
 
 
 @dataclass(frozen=True)
 class Statistics:
     """What one layer saw in one forward pass, and what came back to its output."""
 
-    a: Tensor  # (N, S, d_in)
-    b: Tensor  # (V, N, S, d_out), scaled so that the sum of all outer products estimates B
+    a: Rows  # (…, N, S, d_in)
+    b: Tensor  # (…, V, N, S, d_out), scaled so that the sum of all outer products estimates B
     weights: Tensor  # (N, S) weight of each row in the loss, or (): the same for all rows
     forward: int = 0  # of the model; a layer's calls within one are positions of the same examples

@@ -6,14 +6,22 @@ from collections.abc import Collection
 
 from torch import nn
 
-from kronewton.layers.base import Kind, Layer
+from kronewton.layers.base import DenseRows, Kind, Layer
+from kronewton.layers.convolution import (
+    CONVOLUTIONS,
+    TRANSPOSED,
+    ConvolutionKind,
+    TransposedKind,
+)
 from kronewton.layers.linear import LinearKind
 
 KINDS: dict[type[nn.Module], Kind] = {
     nn.Linear: LinearKind(),
+    **dict.fromkeys(CONVOLUTIONS, ConvolutionKind()),
+    **dict.fromkeys(TRANSPOSED, TransposedKind()),
 }
 
-__all__ = ["KINDS", "Kind", "Layer", "find_layers"]
+__all__ = ["KINDS", "DenseRows", "Kind", "Layer", "find_layers"]
 
 
 def kind_of(module: nn.Module) -> Kind | None:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from kronewton.layers.base import Kind, Layer, rows_of, with_bias_entry
+from kronewton.layers.base import DenseRows, Kind, Layer, rows_of, with_bias_entry
+from kronewton.types import Rows
 
 
 class LinearKind(Kind):
@@ -14,11 +15,14 @@ class LinearKind(Kind):
 
     name = "linear"
 
-    def input_rows(self, layer: Layer, inputs: Tensor) -> Tensor:
+    def example_dims(self, layer: Layer) -> int:
+        return 1
+
+    def input_rows(self, layer: Layer, inputs: Tensor, outputs: torch.Size) -> Rows:
         rows = rows_of(inputs)
         if "weight" not in layer.trained:
-            return rows.new_ones(*rows.shape[:-1], 1)
-        return with_bias_entry(rows) if "bias" in layer.trained else rows
+            return DenseRows(rows.new_ones(*rows.shape[:-1], 1))
+        return DenseRows(with_bias_entry(rows) if "bias" in layer.trained else rows)
 
     def output_rows(self, layer: Layer, gradients: Tensor) -> Tensor:
         return rows_of(gradients)

@@ -1,0 +1,196 @@
+"""`nn.Conv1d/2d/3d` and their transposed forms: one row a for each location, its window.
+
+A location is a position that shares the weight. Groups are a batch of blocks beside each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedParameter
+
+from kronewton.layers.base import DenseRows, Kind, Layer, with_bias_entry
+from kronewton.linalg import second_moment
+from kronewton.tiling import Geometry, geometry
+from kronewton.types import Rows
+
+CHUNK = 1 << 22  # numbers in the windows that are laid out at a time
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TORCHS = [
+    (kind.forward, getattr(kind, "_conv_forward", None)) for kind in CONVOLUTIONS + TRANSPOSED
+]
+
+
+class ConvolutionKind(Kind):
+    """y = W a + bias at every location; d_in counts the entries of a window of one group."""
+
+    name = "convolution"
+
+    def example_dims(self, layer: Layer) -> int:
+        return len(_conv(layer).kernel_size) + 1
+
+    def input_rows(self, layer: Layer, inputs: Tensor, outputs: torch.Size) -> Rows:
+        conv, D = _conv(layer), self.example_dims(layer)
+        x = inputs if inputs.dim() > D else inputs.unsqueeze(0)  # (N, C, *spatial)
+        locations = tuple(outputs[-D + 1 :])
+        if "weight" not in layer.trained:
+            ones = x.new_ones(len(x), math.prod(locations), 1)
+            return DenseRows(ones if conv.groups == 1 else ones.expand(conv.groups, *ones.shape))
+        cut = geometry(conv, tuple(x.shape[2:]), locations)
+        # Channels last: what lies together in a window then lies together in memory, too.
+        prepared = cut.prepared(x).movedim(1, -1).contiguous().movedim(-1, 1)
+        return Windows(prepared, cut, conv.groups, "bias" in layer.trained)
+
+    def output_rows(self, layer: Layer, gradients: Tensor) -> Tensor:
+        conv, D = _conv(layer), self.example_dims(layer)
+        u = gradients if gradients.dim() > D else gradients.unsqueeze(0)
+        N, C = u.shape[:2]
+        rows = u.reshape(N, conv.groups, C // conv.groups, math.prod(u.shape[2:]))
+        return _without_one(rows.permute(1, 0, 3, 2))  # (groups, N, S, d_out)
+
+    def matrix(self, layer: Layer, tensors: dict[str, Tensor]) -> Tensor:
+        groups = _conv(layer).groups
+        parts = []
+        if "weight" in layer.trained:
+            parts.append(self._flattened(tensors["weight"], groups))
+        if "bias" in layer.trained:
+            parts.append(tensors["bias"].reshape(groups, -1, 1))
+        return _without_one(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
+
+    def split(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
+        blocks = matrix if matrix.dim() == 3 else matrix.unsqueeze(0)  # (groups, d_out, d_in)
+        found = {}
+        if "bias" in layer.trained:
+            found["bias"] = blocks[..., -1].reshape(-1)
+            blocks = blocks[..., :-1]
+        if "weight" in layer.trained:
+            weight = layer.parameters()["weight"]
+            found["weight"] = self._unflattened(blocks, weight.shape)
+        return found
+
+    def _flattened(self, weight: Tensor, groups: int) -> Tensor:
+        """(C_out, C_in/groups, *kernel) → (groups, C_out/groups, C_in/groups·kernel)."""
+        return weight.reshape(groups, len(weight) // groups, -1)
+
+    def _unflattened(self, blocks: Tensor, shape: torch.Size) -> Tensor:
+        return blocks.reshape(shape)
+
+    def refusal(self, module: nn.Module) -> str:
+        own = type(module).forward, getattr(type(module), "_conv_forward", None)
+        if not isinstance(module, _ConvNd) or own not in TORCHS:
+            return "its forward is not that of torch's convolution"
+        if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
+            return "it is lazy and has not seen a batch yet"
+        if not all(p.is_floating_point() for p in module.parameters()):
+            return "its parameters are not real floating-point numbers"
+        return ""
+
+
+class TransposedKind(ConvolutionKind):
+    """The same on an input with zeros spread in it, with the kernel turned around."""
+
+    name = "transposed convolution"
+
+    def _flattened(self, weight: Tensor, groups: int) -> Tensor:
+        """(C_in, C_out/groups, *kernel) → (groups, C_out/groups, C_in/groups·kernel)."""
+        turned = weight.flip(*range(2, weight.dim()))
+        split = turned.reshape(groups, len(weight) // groups, *weight.shape[1:])
+        return split.transpose(1, 2).flatten(2)
+
+    def _unflattened(self, blocks: Tensor, shape: torch.Size) -> Tensor:
+        groups, d_out = blocks.shape[:2]
+        split = blocks.reshape(groups, d_out, shape[0] // groups, *shape[2:])
+        return split.transpose(1, 2).reshape(shape).flip(*range(2, len(shape)))
+
+
+@dataclass(frozen=True, eq=False)
+class Windows(Rows):
+    """The windows of an input, one row for each location, laid out a chunk at a time."""
+
+    prepared: Tensor  # (N, C, *padded), channels last in memory
+    cut: Geometry
+    groups: int
+    bias: bool
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        D = len(self.cut.kernel)
+        return len(self.prepared), self._view.shape[2 : 2 + D].numel()
+
+    @property
+    def _view(self) -> Tensor:
+        return self.cut.windows(self.prepared)  # (N, C, *locations, *kernel)
+
+    def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
+        (_, S), D = self.counts, len(self.cut.kernel)
+        view = self._view[start:stop].flatten(2 + D)  # (n, C, *locations, kernel)
+        n, C, kernel = len(view), view.shape[1], view.shape[-1]
+        rows = view.reshape(n, self.groups, C // self.groups, S, kernel)
+        rows = rows.permute(1, 0, 3, 2, 4).flatten(3)  # (groups, n, S, d_in)
+        return _without_one(with_bias_entry(rows) if self.bias else rows)
+
+    def second_moment(self, weights: Tensor | None = None) -> Tensor:
+        C, kernel = self.prepared.shape[1] // self.groups, math.prod(self.cut.kernel)
+        d = kernel * C
+        moment = self.prepared.new_zeros(self.groups, d + self.bias, d + self.bias)
+        for rows, weight in self._chunks(weights):
+            moment[:, :d, :d] += second_moment(rows, weight)
+            if self.bias:
+                weighted = rows.sum(1) if weight is None else weight @ rows  # (groups, d)
+                moment[:, d, :d] += weighted
+                moment[:, d, d] += rows.shape[1] if weight is None else weight.sum()
+        if self.bias:
+            moment[:, :d, d] = moment[:, d, :d]
+        return _without_one(_channels_first(moment, C, kernel))
+
+    def averaged(self, shares: Tensor | None = None) -> Tensor:
+        if shares is None:
+            D = len(self.cut.kernel)
+            mean = self._view.mean(tuple(range(2, 2 + D)))  # (N, C, *kernel)
+            rows = mean.reshape(len(mean), self.groups, 1, -1).transpose(0, 1)
+            return _without_one(with_bias_entry(rows) if self.bias else rows)
+        step = self._step
+        found = [
+            shares[n : n + step].unsqueeze(-2) @ self.dense(n, n + step)
+            for n in range(0, len(shares), step)
+        ]
+        return torch.cat(found, -3)  # (…, N, 1, d_in)
+
+    @property
+    def _step(self) -> int:
+        """Examples in a chunk."""
+        return max(1, CHUNK // max(1, self._view[:1].numel()))
+
+    def _chunks(self, weights: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Some examples' rows (groups, n·S, kernel·C), channels innermost, and their weights."""
+        N, S = self.counts
+        view = self._view.movedim(1, -1)  # (N, *locations, *kernel, C)
+        step = self._step
+        for n in range(0, N, step):
+            part = view[n : n + step]
+            rows = part.reshape(len(part) * S, math.prod(self.cut.kernel), self.groups, -1)
+            rows = rows.movedim(2, 0).flatten(2)
+            yield rows, None if weights is None else weights[n : n + step].reshape(-1)
+
+
+def _channels_first(moment: Tensor, C: int, kernel: int) -> Tensor:
+    """Rows (kernel, C) in the order of torch's weights, (C, kernel); a bias entry stays last."""
+    order = torch.arange(moment.shape[-1], device=moment.device)
+    order[: C * kernel] = order[: C * kernel].reshape(kernel, C).T.flatten()
+    return moment[:, order.unsqueeze(1), order]
+
+
+def _conv(layer: Layer) -> _ConvNd:
+    assert isinstance(layer.module, _ConvNd)
+    return layer.module
+
+
+def _without_one(blocks: Tensor) -> Tensor:
+    """A batch of one block as the block itself."""
+    return blocks.squeeze(0) if blocks.shape[0] == 1 else blocks
