@@ -81,10 +81,11 @@ def test_the_seed_is_a_whole_number(value):
     assert repr(value) in message
 
 
-def test_refine_is_refused_by_name():
-    with pytest.raises(UnsupportedError, match=r"refine=3 was given; .*Leave refine out"):
-        KFAC(MODEL, nn.MSELoss(), refine=3)
-    assert "refine must be a whole number ≥ 0, not -1." in refused("refine", -1)
+def test_refine_is_a_whole_number():
+    for wrong in (-1, 1.5, True, "3"):
+        assert f"refine must be a whole number ≥ 0, not {wrong!r}." in refused("refine", wrong)
+    assert "refine_tolerance must be a number ≥ 0" in refused("refine_tolerance", -1e-3)
+    assert "curvature_batches must be a whole number ≥ 1" in refused("curvature_batches", 0)
 
 
 @pytest.mark.parametrize("value", [0, 0.0, 1e-12, 3])
@@ -104,10 +105,10 @@ def test_options_are_frozen_and_know_whether_anything_is_automatic():
     fixed: Options = dataclasses.replace(
         options, lr=1.0, momentum=0.0, damping=0.1, trust_region=None
     )
-    assert not fixed.any_automatic
+    assert not fixed.uses_model
     for name in AUTOMATIC:
-        assert dataclasses.replace(fixed, **{name: "auto"}).any_automatic
-    assert dataclasses.replace(fixed, trust_region=1.0).any_automatic
+        assert dataclasses.replace(fixed, **{name: "auto"}).uses_model
+    assert dataclasses.replace(fixed, trust_region=1.0).uses_model
 
 
 def test_an_unknown_option_is_pythons_error():

@@ -62,6 +62,10 @@ class Part:
         place = self.output.data_ptr(), self.output._version
         return (*place, self.output.shape, self.output.stride())
 
+    def at(self, output: Tensor) -> Part:
+        """The same batch with another output, and without statistics."""
+        return replace(self, output=output.detach(), statistics={}, _at=None)
+
     def curvature(self) -> OutputCurvature:
         """Λ of the criterion at this part's output."""
         if self._at is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +22,21 @@ from kronewton.errors import (
     UnsupportedError,
 )
 from kronewton.layers import Layer, find_layers
-from kronewton.options import AUTO, BASES, Options, check_criterion, check_group
-from kronewton.planner import Plan, Planner
-from kronewton.quadratic import flattened
+from kronewton.options import AUTO, BASES, Options, check_criterion, check_parameters
+from kronewton.planner import Plan, Planner, Steering
+from kronewton.quadratic import Vector, flattened
 from kronewton.replay import Replayer
-from kronewton.state import PREFIX, planner_scalars, read_scalars, restore_planner, scalars, split
+from kronewton.state import (
+    PREFIX,
+    planner_scalars,
+    read_scalars,
+    require_same_groups,
+    require_same_layer,
+    require_same_shapes,
+    restore_planner,
+    scalars,
+    split,
+)
 
 NO_CURVATURE = "the batch has shown no finite curvature so far, so that no damping can be chosen"
 DECAY_UNIT = 1e-3  # weight decay of an automatic step: AdamW's at its usual learning rate
@@ -48,6 +58,10 @@ class KFAC(Optimizer):
     fisher: "sampled" (draws of the model's own predictions), "exact" (one backward pass for each
         output) or "empirical" (the training gradients; the only one without a criterion).
     sharing: how a weight used at several positions is approximated: "expand" or "reduce".
+    refine: the dial from K-FAC (0) to the exact damped Gauss-Newton step: so many conjugate-
+        gradient directions, preconditioned by K-FAC, over all parameters together; ended early by
+        one that lowers the quadratic model by less than `refine_tolerance` of its value.
+    curvature_batches: how many of the last batches make up the quadratic model's curvature.
     basis: "factored" (π-damped factors), "eigen" ((B ⊗ A + damping·I)⁻¹ exactly) or "corrected"
         (the same with the exact block's diagonal in that basis, EKFAC).
     factor_every, inverse_every: steps between renewals ("auto": 5 and 20, with noise 10 and 40);
@@ -75,6 +89,8 @@ class KFAC(Optimizer):
         sharing: str = "expand",
         basis: str = "factored",
         refine: int = 0,
+        refine_tolerance: float = 1e-14,
+        curvature_batches: int = 1,
         factor_every: int | str = AUTO,
         inverse_every: int | str = AUTO,
         adapt_every: int = 5,
@@ -86,8 +102,8 @@ class KFAC(Optimizer):
     ) -> None:
         self.options = Options(
             lr, momentum, damping, weight_decay, trust_region, fisher, sharing, basis, refine,
-            factor_every, inverse_every, adapt_every, factor_decay, draws, fallback_lr, strict,
-            seed,
+            refine_tolerance, curvature_batches, factor_every, inverse_every, adapt_every,
+            factor_decay, draws, fallback_lr, strict, seed,
         )  # fmt: skip
         check_criterion(criterion, fisher)
         if isinstance(params, nn.Module):
@@ -98,7 +114,7 @@ class KFAC(Optimizer):
                 )
             model, params = params, [p for p in params.parameters() if p.requires_grad]
         first_lr = 1.0 if isinstance(lr, str) else lr
-        groups = _checked(params, model)
+        groups = check_parameters(params, model)
         super().__init__(groups, {"lr": first_lr, "weight_decay": weight_decay})
         self._watch(model, criterion)
         if strict and self.coverage().covered < 1:
@@ -117,10 +133,13 @@ class KFAC(Optimizer):
         covered = {id(p) for layer in layers for p in layer.parameters().values()}
         self._names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
         self._layers: list[Layer] = layers
-        self._parameters = [p for p in all_parameters if id(p) in covered]
-        self._place = {id(p): i for i, p in enumerate(self._parameters)}
-        self._all = all_parameters
         options = self.options
+        # The dial is over all parameters together; without it those of no kind get the fallback.
+        together = options.refine > 0 and bool(layers)
+        self._parameters = [p for p in all_parameters if together or id(p) in covered]
+        self._place = {id(p): i for i, p in enumerate(self._parameters)}
+        self._uncovered = [i for i, p in enumerate(self._parameters) if id(p) not in covered]
+        self._all = all_parameters
         self._generator = torch.Generator(all_parameters[0].device)
         self._generator.manual_seed(options.seed)
         mode = options.fisher if criterion is not None else "empirical"
@@ -129,7 +148,7 @@ class KFAC(Optimizer):
         self._watcher: Watcher | None = None
         self._planner: Planner | None = None
         if model is not None and layers:
-            replays = options.any_automatic
+            replays = options.uses_model
             self._watcher = Watcher(
                 model, criterion, layers, self._fisher, options.sharing, replays
             )
@@ -138,9 +157,10 @@ class KFAC(Optimizer):
                 self._curvature,
                 Replayer(model, self._parameters),
                 self._watcher.paused,
-                self._direction,
+                Steering(self._precondition, self._scaled, self._gradients),
             )
-        self._fallback = self._make_fallback([p for p in all_parameters if id(p) not in covered])
+        rest = [p for p in all_parameters if id(p) not in self._place]
+        self._fallback = self._make_fallback(rest)
         self._previous: list[Tensor] | None = None
         self._plan: Plan | None = None
         self._steps = self._skipped = 0
@@ -203,6 +223,7 @@ class KFAC(Optimizer):
             self._move(plan)
             if not planner.judge(self._steps, parts, plan):
                 self._take_back()
+        planner.remember(parts)
         self._curvature.forget_batch()
         self._steps += 1
         watcher.capturing = due(self._steps, factor_every)
@@ -251,24 +272,31 @@ class KFAC(Optimizer):
                     "module, or train it with another optimizer."
                 )
 
-    def _direction(self, damping: float) -> list[Tensor]:
-        """d = −(B ⊗ A + damping·I)⁻¹ g, times the group's lr, for every covered parameter."""
-        found = [torch.empty(0)] * len(self._parameters)
-        automatic = self.options.lr == AUTO
-        scale = {
-            id(p): 1.0 if automatic else g["lr"] for g in self.param_groups for p in g["params"]
-        }
+    def _gradients(self) -> list[Tensor]:
+        return [_gradient(p) for p in self._parameters]
+
+    def _precondition(self, vector: Vector, damping: float) -> list[Tensor]:
+        """(B ⊗ A + damping·I)⁻¹ v for one tensor per stepped parameter."""
+        found = list(vector)
         for layer in self._layers:
             parameters = layer.parameters()
-            tensors = {name: _gradient(p) for name, p in parameters.items()}
-            G = at_least_float32(layer.kind.matrix(layer, tensors))  # (d_out, d_in)
+            at = {name: self._place[id(p)] for name, p in parameters.items()}
+            tensors = {name: vector[i] for name, i in at.items()}
+            G = at_least_float32(layer.kind.matrix(layer, tensors))  # (…, d_out, d_in)
             D = self._curvature.apply(layer.name, G, damping)
             for name, tensor in layer.kind.split(layer, D).items():
-                p = parameters[name]
-                step = tensor.to(p.dtype)
-                factor = scale[id(p)]
-                found[self._place[id(p)]] = step.neg() if factor == 1 else step * -factor
+                found[at[name]] = tensor.to(parameters[name].dtype)
+        for i in self._uncovered:  # in the quadratic model, but of no kind
+            found[i] = self._curvature.apply("", vector[i], damping)
         return found
+
+    def _scaled(self, direction: Sequence[Tensor]) -> list[Tensor]:
+        """A direction times the groups' lr, where that is a number."""
+        if self.options.lr == AUTO:
+            return list(direction)
+        lr = {id(p): g["lr"] for g in self.param_groups for p in g["params"]}
+        pairs = zip(self._parameters, direction, strict=True)
+        return [d if lr[id(p)] == 1 else d * lr[id(p)] for p, d in pairs]
 
     def _move(self, plan: Plan) -> None:
         """Δ = lr·d + momentum·Δ_previous; a group's factor of an automatic lr is applied last."""
@@ -278,6 +306,8 @@ class KFAC(Optimizer):
         else:
             torch._foreach_mul_(self._previous, plan.momentum)
             torch._foreach_add_(self._previous, plan.direction, alpha=plan.lr)
+        if plan.refinement:
+            torch._foreach_add_(self._previous, list(plan.refinement))
         self._add(1.0)
 
     def _add(self, sign: float) -> None:
@@ -400,6 +430,8 @@ class KFAC(Optimizer):
             "inverse_damping": math.nan if settings is None else settings.inverse_damping,
             "predicted": math.nan if plan is None else plan.predicted,
             "shortened": math.nan if plan is None else plan.shortened,
+            "refined": 0 if plan is None else plan.refined,
+            "broken_refinements": 0 if planner is None else planner.broken,
             "noise": math.nan if settings is None else settings.noise,
             "scale": self._curvature.scale,
             "skipped": self._skipped,
@@ -463,7 +495,15 @@ class KFAC(Optimizer):
                 f"the state_dict was saved with basis={saved!r} and this optimizer has "
                 f"{self.options.basis!r}. Build it with the basis that the state was saved with."
             )
-        self._require_same_model(theirs, ours)
+        own = [len(group["params"]) for group in self.param_groups]
+        require_same_groups([len(group["params"]) for group in theirs["param_groups"]], own)
+        for p in self._all:
+            i = self._index[id(p)]
+            name = self._names.get(id(p), str(i))
+            require_same_shapes(name, p, theirs["state"].get(i, {}), ours.get(i, {}))
+        for layer in self._layers:
+            first = next(iter(layer.parameters().values()))
+            require_same_layer(layer, ours.get(self._index[id(first)], {}))
         self._curvature.factors, self._curvature.inverses = {}, {}
         super().load_state_dict(theirs)
         if self._fallback is not None:
@@ -491,47 +531,6 @@ class KFAC(Optimizer):
         if self._planner is not None:
             restore_planner(self._planner, numbers)
 
-    def _require_same_model(
-        self, theirs: dict[str, Any], ours: Mapping[int, Mapping[str, Tensor]]
-    ) -> None:
-        sizes = [len(g["params"]) for g in theirs["param_groups"]]
-        own = [len(g["params"]) for g in self.param_groups]
-        if sizes != own:
-            raise StateError(
-                f"the state_dict has parameter groups of {sizes} parameters and this optimizer has "
-                f"{own}: it was saved for another model or another grouping. Build the optimizer "
-                "as it was when the state was saved."
-            )
-        for p in self._all:
-            i = self._index[id(p)]
-            for key, value in theirs["state"].get(i, {}).items():
-                if isinstance(value, Tensor) and value.dim() and value.shape != p.shape:
-                    raise StateError(
-                        f"the state_dict holds {key!r} of shape {tuple(value.shape)} for parameter "
-                        f"'{self._names.get(id(p), i)}' of shape {tuple(p.shape)}: it was saved "
-                        "for another model. Load the state of this model, or start afresh."
-                    )
-            previous = ours.get(i, {}).get("previous")
-            if previous is not None and previous.shape != p.shape:
-                raise StateError(
-                    f"the state_dict holds a step of shape {tuple(previous.shape)} for parameter "
-                    f"'{self._names.get(id(p), i)}' of shape {tuple(p.shape)}: it was saved for "
-                    "another model. Load the state of this model, or start afresh."
-                )
-        for layer in self._layers:
-            first = next(iter(layer.parameters().values()))
-            kept = ours.get(self._index[id(first)], {})
-            G = layer.kind.matrix(layer, layer.parameters())
-            sides = {"A_total": G.shape[-1], "B_total": G.shape[-2]}
-            for key, d in sides.items():
-                wanted = (*G.shape[:-2], d, d)
-                if key in kept and kept[key].shape != wanted:
-                    raise StateError(
-                        f"the state_dict holds a factor of shape {tuple(kept[key].shape)} for "
-                        f"layer '{layer.name}', which needs {wanted}: it was saved for another "
-                        "model. Load the state of this model, or start afresh."
-                    )
-
     def __getstate__(self) -> dict[str, Any]:
         raise UnsupportedError(
             "KFAC cannot be copied or pickled: it is tied to its model by hooks. Copy the model, "
@@ -547,39 +546,6 @@ class KFAC(Optimizer):
         if sentence not in self._said:
             self._said.add(sentence)
             warnings.warn(sentence, KronewtonWarning, stacklevel=4)
-
-
-def _checked(params: Iterable[Any], model: nn.Module | None) -> list[Any]:
-    """The parameters or groups, after checking that there are some, and of the model."""
-    groups = [_group(entry) for entry in params]
-    if not groups:
-        raise ModelError(
-            "there is nothing to train: the model has no parameter with requires_grad=True, or the "
-            "list of parameters is empty. Unfreeze a layer, or pass the parameters to train."
-        )
-    given: list[Any] = []
-    for group in groups:
-        entry = group["params"] if isinstance(group, dict) else group
-        given += [entry] if isinstance(entry, Tensor) else list(entry)
-    if model is not None:
-        own = {id(p) for p in model.parameters()}
-        strangers = [tuple(p.shape) for p in given if isinstance(p, Tensor) and id(p) not in own]
-        if strangers:
-            raise ModelError(
-                f"{len(strangers)} of the parameters, the first of shape {strangers[0]}, do not "
-                "belong to the model that was given. Pass parameters of that model only, or give "
-                "each model an optimizer of its own."
-            )
-    return groups
-
-
-def _group(entry: Any) -> Any:
-    """A parameter group with its parameters in a list: they may come from a generator."""
-    if not isinstance(entry, dict):
-        return entry
-    check_group(entry)
-    given = entry["params"]
-    return {**entry, "params": [given] if isinstance(given, Tensor) else list(given)}
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from kronewton.errors import OptionError, UnsupportedError
+from kronewton.errors import ModelError, OptionError, UnsupportedError
 
 AUTO = "auto"
 FISHERS = ("sampled", "exact", "empirical")
@@ -30,6 +30,8 @@ class Options:
     sharing: str
     basis: str
     refine: int
+    refine_tolerance: float
+    curvature_batches: int
     factor_every: int | str
     inverse_every: int | str
     adapt_every: int
@@ -55,20 +57,18 @@ class Options:
             _count(name, getattr(self, name), 1)
         _count("seed", self.seed, 0)
         _count("refine", self.refine, 0)
-        if self.refine:
-            raise UnsupportedError(
-                f"refine={self.refine} was given; this version has the two-dimensional subspace "
-                "of the K-FAC direction and the previous step, refine=0. Leave refine out."
-            )
+        _number("refine_tolerance", self.refine_tolerance, 0.0)
+        _count("curvature_batches", self.curvature_batches, 1)
         _number("factor_decay", self.factor_decay, 0.0)
         if self.factor_decay >= 1:
             raise OptionError(f"factor_decay must lie in [0, 1), not {self.factor_decay!r}.")
         _number("fallback_lr", self.fallback_lr, 0.0)
 
     @property
-    def any_automatic(self) -> bool:
+    def uses_model(self) -> bool:
         """Whether something is chosen by the quadratic model."""
-        return AUTO in (self.lr, self.momentum, self.damping) or self.trust_region is not None
+        automatic = AUTO in (self.lr, self.momentum, self.damping)
+        return automatic or self.trust_region is not None or self.refine > 0
 
 
 def check_group(group: Mapping[str, Any]) -> None:
@@ -99,6 +99,39 @@ def check_criterion(criterion: Any, fisher: str) -> None:
             f"{type(criterion).__name__}(reduction='none') leaves the loss unreduced, and then its "
             "weights are not known when it is called. Use reduction='mean' or 'sum'."
         )
+
+
+def check_parameters(params: Iterable[Any], model: nn.Module | None) -> list[Any]:
+    """The parameters or groups, after checking that there are some, and of the model."""
+    groups = [_group(entry) for entry in params]
+    if not groups:
+        raise ModelError(
+            "there is nothing to train: the model has no parameter with requires_grad=True, or the "
+            "list of parameters is empty. Unfreeze a layer, or pass the parameters to train."
+        )
+    given: list[Any] = []
+    for group in groups:
+        entry = group["params"] if isinstance(group, dict) else group
+        given += [entry] if isinstance(entry, Tensor) else list(entry)
+    if model is not None:
+        own = {id(p) for p in model.parameters()}
+        strangers = [tuple(p.shape) for p in given if isinstance(p, Tensor) and id(p) not in own]
+        if strangers:
+            raise ModelError(
+                f"{len(strangers)} of the parameters, the first of shape {strangers[0]}, do not "
+                "belong to the model that was given. Pass parameters of that model only, or give "
+                "each model an optimizer of its own."
+            )
+    return groups
+
+
+def _group(entry: Any) -> Any:
+    """A parameter group with its parameters in a list: they may come from a generator."""
+    if not isinstance(entry, dict):
+        return entry
+    check_group(entry)
+    given = entry["params"]
+    return {**entry, "params": [given] if isinstance(given, Tensor) else list(given)}
 
 
 def _number(name: str, value: Any, least: float, *, auto: bool = False, none: bool = False) -> None:

@@ -7,6 +7,7 @@ the rule of `adapt`. Where the model cannot be run again, fixed rules take its p
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -18,7 +19,17 @@ from kronewton.adapt import FIRST_TRIALS, Fixed, LevenbergMarquardt, Rule, Setti
 from kronewton.capture import Part
 from kronewton.curvature import Curvature, due
 from kronewton.options import AUTO, Options
-from kronewton.quadratic import Line, QuadraticModel, Subspace, Term, flattened
+from kronewton.quadratic import (
+    Dial,
+    Line,
+    QuadraticModel,
+    Refinement,
+    Subspace,
+    Term,
+    Vector,
+    flattened,
+    unflattened,
+)
 from kronewton.replay import Replayer
 
 MOST_MOMENTUM = 0.9  # of an automatic momentum beside a learning rate that is given
@@ -32,11 +43,13 @@ NOISY_TRIALS = 4  # times less often is γ tried there, for that costs inversion
 
 @dataclass(frozen=True)
 class Plan:
-    """A step before it is made: Δ = lr·direction + momentum·(previous step)."""
+    """A step before it is made: Δ = lr·direction + momentum·(previous step) + refinement."""
 
     direction: list[Tensor]
     lr: float
     momentum: float
+    refinement: Sequence[Tensor] = ()  # what the dial adds, if anything
+    refined: int = 0  # directions that it took
     predicted: float = math.nan  # by the quadratic model, where there is one
     shortened: float = 1.0  # by the trust region
 
@@ -59,8 +72,17 @@ class Candidate:
         return x[0], x[0] * self.mixed if self.mixed else [*x, 0.0][1]
 
 
+@dataclass(frozen=True)
+class Steering:
+    """What the planner may ask of the optimizer."""
+
+    precondition: Callable[[Vector, float], list[Tensor]]  # (B ⊗ A + damping·I)⁻¹ v, all layers
+    scaled: Callable[[Sequence[Tensor]], list[Tensor]]  # by the groups' lr, where it is a number
+    gradients: Callable[[], list[Tensor]]
+
+
 class Planner:
-    """Plans steps for one optimizer; `direct` gives its direction for a damping."""
+    """Plans the steps of one optimizer."""
 
     def __init__(
         self,
@@ -68,10 +90,10 @@ class Planner:
         curvature: Curvature,
         replayer: Replayer,
         unwatched: Callable[[], AbstractContextManager[None]],
-        direct: Callable[[float], list[Tensor]],
+        steering: Steering,
     ) -> None:
         self.options, self.curvature, self.replayer = options, curvature, replayer
-        self.unwatched, self.direct = unwatched, direct
+        self.unwatched, self.steering = unwatched, steering
         self.rule: Rule = LevenbergMarquardt() if options.damping == AUTO else Fixed()
         self.settings: Settings | None = None  # None: to be found before the first step
         if not isinstance(options.damping, str):
@@ -79,9 +101,15 @@ class Planner:
         self.asked = 0  # the step after which the rule was last asked
         self.outcome: tuple[float, float] | None = None  # loss after a step, and its change
         self.noise: float | None = None
-        self.undone = 0
+        self.undone = self.broken = 0
+        self._earlier: deque[list[Part]] = deque(maxlen=options.curvature_batches - 1)
         self.factor = 1.0  # of an automatic step, by the groups' lr; NaN: not the same for all
         self.lr = 0.0  # of the last step that the quadratic model planned
+
+    def direct(self, damping: float) -> list[Tensor]:
+        """d = −(B ⊗ A + damping·I)⁻¹ g, times the group's lr where that is a number."""
+        found = self.steering.precondition(self.steering.gradients(), damping)
+        return self.steering.scaled([t.neg() for t in found])
 
     # Before the step.
 
@@ -97,7 +125,7 @@ class Planner:
 
     def models(self, parts: Sequence[Part]) -> bool:
         """Whether these parts have a quadratic model, and something is to be chosen with it."""
-        return self.options.any_automatic and bool(parts) and all(map(_rerunnable, parts))
+        return self.options.uses_model and bool(parts) and all(map(_rerunnable, parts))
 
     def look_back(self, parts: Sequence[Part]) -> None:
         """How far apart two batches are at one point, over what the last step gained."""
@@ -119,8 +147,9 @@ class Planner:
             subspace = model.subspace(gradient, [model.line(direction)])
             if not subspace.finite():
                 break
-            x, _ = self._bounded(subspace, self._minimised(subspace, damping), parts)
-            there = torch._foreach_add(self.replayer.parameters(), direction, alpha=x[0])
+            x = self._minimised(subspace, damping)
+            length = x[0] * self._shortening(subspace.bend(x), parts)
+            there = torch._foreach_add(self.replayer.parameters(), direction, alpha=length)
             loss = self._loss_with(parts, there)
             if not loss < best[0]:
                 break
@@ -150,12 +179,77 @@ class Planner:
             return None
         if trying and step:
             found = self._probe(model, gradient, found)
+        refined = 0
+        if self.options.refine and self.options.lr == AUTO:
+            return self._refined_step(model, gradient, found, parts)
+        if self.options.refine:
+            found, refined = self._refined_direction(model, gradient, found)
         x = self._minimised(found.subspace, self.settings.damping)
-        x, shortened = self._bounded(found.subspace, x, parts)
+        shortened = self._shortening(found.subspace.bend(x), parts)
+        x = [shortened * v for v in x]
         predicted = found.subspace.value([self.factor * v for v in x], self.settings.damping)
         lr, momentum = found.coefficients(x)
         self.lr = lr
-        return Plan(found.direction, lr, momentum, predicted, shortened)
+        return Plan(found.direction, lr, momentum, (), refined, predicted, shortened)
+
+    def _refined_step(
+        self, model: QuadraticModel, gradient: Tensor, found: Candidate, parts: Sequence[Part]
+    ) -> Plan:
+        """On from the minimum over direction and previous step, by the dial."""
+        x = self._minimised(found.subspace, self._damping)
+        start = model.combined(found.lines, x)
+        fixed = 1 if self.options.momentum != AUTO else len(found.lines)
+        refinement = self._refine(model, gradient, start, found.lines[:fixed])
+        step = refinement.step
+        slope, bent = model.numbers(gradient, step, self._damping)
+        norm2 = float(torch.dot(step.flat, step.flat))
+        shortened = self._shortening(bent - self._damping * norm2, parts)
+        part = self.factor * shortened
+        lr, momentum = (shortened * v for v in found.coefficients(x))
+        self.lr = lr
+        return Plan(
+            found.direction,
+            lr,
+            momentum,
+            unflattened(shortened * (step.flat - start.flat), found.direction),
+            refinement.directions,
+            part * slope + 0.5 * part**2 * bent,
+            shortened,
+        )
+
+    def _refined_direction(
+        self, model: QuadraticModel, gradient: Tensor, found: Candidate
+    ) -> tuple[Candidate, int]:
+        """The direction in front of a learning rate that is given: the dial's whole step."""
+        line = found.lines[0]
+        alone = model.subspace(gradient, [line])
+        start = model.combined([line], alone.minimise(self._damping, {}))
+        refinement = self._refine(model, gradient, start, [line])
+        direction = self.steering.scaled(refinement.step.vector)
+        lines = [model.line(direction), *found.lines[1:]]
+        refined = Candidate(direction, lines, model.subspace(gradient, lines))
+        return refined, refinement.directions
+
+    def _refine(
+        self, model: QuadraticModel, gradient: Tensor, start: Line, within: Sequence[Line]
+    ) -> Refinement:
+        assert self.settings is not None
+        gamma = self.settings.inverse_damping
+        dial = Dial(
+            self.options.refine,
+            self.options.refine_tolerance,
+            self._damping,
+            lambda vector: self.steering.precondition(vector, gamma),
+        )
+        refinement = model.refine(gradient, start, within, dial)
+        self.broken += refinement.broken
+        return refinement
+
+    @property
+    def _damping(self) -> float:
+        """λ, once there is one."""
+        assert self.settings is not None
+        return self.settings.damping
 
     def _candidate(
         self,
@@ -216,20 +310,15 @@ class Planner:
         damping = self.settings.damping
         return candidate.subspace.value(self._minimised(candidate.subspace, damping), damping)
 
-    def _bounded(
-        self, subspace: Subspace, x: list[float], parts: Sequence[Part]
-    ) -> tuple[list[float], float]:
-        """Shorten a step whose ½Δ'CΔ is above its share of the loss."""
+    def _shortening(self, bent: float, parts: Sequence[Part]) -> float:
+        """What shortens a step whose ½Δ'CΔ is above its share of the loss, given Δ'CΔ."""
         if self.options.trust_region is None:
-            return x, 1.0
+            return 1.0
         share = 1.0 if isinstance(self.options.trust_region, str) else self.options.trust_region
-        bend, bound = 0.5 * subspace.bend(x), share * abs(loss_of(parts))
+        bend, bound = 0.5 * bent, share * abs(loss_of(parts))
         if bend > bound and isinstance(self.options.trust_region, str):
             bound = max(bound, _weight_of(parts))  # for losses that may come near zero or cross it
-        if not bend > bound:
-            return x, 1.0
-        factor = math.sqrt(bound / bend)
-        return [factor * v for v in x], factor
+        return math.sqrt(bound / bend) if bend > bound else 1.0
 
     def _unmodelled(self, gradient: Tensor, direction: list[Tensor], scale: float) -> Plan | None:
         """Fixed rules for what the quadratic model would choose; `scale` is the loss's size."""
@@ -238,7 +327,7 @@ class Planner:
         decrease = -float(torch.dot(gradient, flattened(direction)))
         if not math.isfinite(decrease):
             return None
-        if options.trust_region is None or not options.any_automatic:
+        if options.trust_region is None or not options.uses_model:
             return Plan(direction, 1.0, momentum)
         share = 1.0 if isinstance(options.trust_region, str) else options.trust_region
         bound = DECREASE * share * scale
@@ -276,22 +365,39 @@ class Planner:
     # The batch, run again.
 
     def _quadratic(self, parts: Sequence[Part]) -> QuadraticModel:
+        batches = [parts, *(b for b in self._earlier if self.models(b))]
         terms = [
-            Term(part.call, part.path, part.bridge, part.curvature(), part.weight)
-            for part in parts
+            Term(part.call, part.path, part.bridge, at.curvature(), part.weight / len(batches))
+            for batch in batches
+            for part in batch
             if part.call is not None and part.weight is not None
+            for at in [part if batch is parts else self._here(part)]
         ]
         return QuadraticModel(self.replayer, terms, self.unwatched)
+
+    def _here(self, part: Part) -> Part:
+        """A part of an earlier batch at the parameters of now."""
+        return part.at(self._output(part, None))
+
+    def remember(self, parts: Sequence[Part]) -> None:
+        """Keep a batch for the curvature of later steps, without its statistics."""
+        if self.options.curvature_batches > 1 and self.models(parts):
+            self._earlier.append([part.at(part.output) for part in parts])
+
+    def _output(self, part: Part, tensors: Sequence[Tensor] | None) -> Tensor:
+        """What the criterion would be given."""
+        assert part.call is not None
+        with self.unwatched():
+            output = self.replayer.run(part.call, part.path, tensors)
+            return output if part.bridge is None else part.bridge.push(output)
 
     def _loss_with(self, parts: Sequence[Part], tensors: Sequence[Tensor] | None) -> float:
         """The loss of the step's batch with other parameters, or with those of now."""
         total = 0.0
-        with self.unwatched():
-            for part in parts:
-                if part.call is not None and part.weight is not None:
-                    output = self.replayer.run(part.call, part.path, tensors)
-                    if part.bridge is not None:
-                        output = part.bridge.push(output)
+        for part in parts:
+            if part.call is not None and part.weight is not None:
+                output = self._output(part, tensors)
+                with self.unwatched():
                     total += float(part.weight * part.criterion(output, *part.targets))
         return total
 

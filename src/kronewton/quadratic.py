@@ -1,7 +1,7 @@
-"""The exact quadratic model of the loss, and its minimiser over a subspace.
+"""The exact quadratic model of the loss, and its minimiser over a subspace: the dial.
 
 q(d) = g'd + ½ d'(C + λI)d with C = J'ΛJ, the Gauss-Newton matrix of the batch. C is used only
-through products: J v forward, Λ in between.
+through products: J v forward, Λ in between, and J'u backward where the subspace grows.
 """
 
 from __future__ import annotations
@@ -115,8 +115,31 @@ class Line:
     pushed: list[tuple[Tensor, Tensor]]
 
 
+@dataclass(frozen=True)
+class Dial:
+    """Where to stop between K-FAC and Newton.
+
+    refine: directions to add at most. tolerance: a direction that lowers q by less than this share
+    of it is the last one.
+    """
+
+    refine: int
+    tolerance: float
+    damping: float  # λ, in units of the loss
+    precondition: Callable[[Vector], Vector]  # the K-FAC inverse, with a damping of its own
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """How much farther a refined step goes than the one that it starts from."""
+
+    step: Line  # the whole step
+    directions: int  # that were added
+    broken: bool  # ended by a number that was not finite, or by negative curvature
+
+
 class QuadraticModel:
-    """C of one batch through forward products of the model with itself linearised."""
+    """C of one batch through products of the model with itself linearised."""
 
     def __init__(
         self,
@@ -126,6 +149,7 @@ class QuadraticModel:
     ) -> None:
         self.replayer, self.terms = replayer, terms
         self.unwatched = unwatched  # a context in which reruns are not taken for training
+        self._outputs: list[Tensor] = []  # of the terms, with their graphs, once one is needed
 
     def line(self, direction: Vector) -> Line:
         """Push a direction through the linearised model: about two forward passes."""
@@ -144,6 +168,83 @@ class QuadraticModel:
         slope, squares, curvature = found[:k], found[k : k + half], found[k + half :]
         return Subspace(slope, _symmetric(curvature, k), _symmetric(squares, k))
 
+    def combined(self, lines: Sequence[Line], x: Sequence[float]) -> Line:
+        """The combination x of lines, its products by linearity."""
+        flat = _sum([a * line.flat for a, line in zip(x, lines, strict=True)])
+        pushed = [
+            (
+                _sum([a * line.pushed[t][0] for a, line in zip(x, lines, strict=True)]),
+                _sum([a * line.pushed[t][1] for a, line in zip(x, lines, strict=True)]),
+            )
+            for t in range(len(self.terms))
+        ]
+        return Line(unflattened(flat, self.replayer.parameters()), flat, pushed)
+
+    def product(self, line: Line) -> Tensor:
+        """C v, flattened: the line's ΛJv taken back through the model, about one backward pass."""
+        found = [
+            self._pull(t, term.weight * LJv)
+            for t, (term, (_, LJv)) in enumerate(zip(self.terms, line.pushed, strict=True))
+        ]
+        return _sum(found)
+
+    def refine(
+        self, gradient: Tensor, start: Line, within: Sequence[Line], dial: Dial
+    ) -> Refinement:
+        """Go on from the minimiser over `within` by preconditioned conjugate gradients.
+
+        `start` must minimise q over the span of `within` (and may have a fixed part besides):
+        what is added is conjugate to all of it, so that q falls with every direction and reaches
+        the minimum over all parameters, the damped Newton step, in the end. Costs two forward
+        passes and a backward pass for each direction.
+        """
+        damping, step = dial.damping, start
+        slope, bend = self.numbers(gradient, start, damping)
+        q, floor = slope + 0.5 * bend, max(dial.tolerance, _rounding(gradient))
+        base: list[Line] = []
+        for line in within:
+            base.append(self._conjugate(line, base, damping))
+        residual = gradient + self.product(start) + damping * start.flat
+        last: list[Line] = []
+        for used in range(1, dial.refine + 1):
+            p = self._conjugate(self._preconditioned(residual, dial), [*base, *last], damping)
+            slope, bend = self.numbers(residual, p, damping)
+            if not (math.isfinite(slope) and 0 < bend < math.inf):
+                # At the minimum there is no direction left, and that is no failure.
+                return Refinement(step, used - 1, broken=slope != 0)
+            length, decrease = -slope / bend, 0.5 * slope**2 / bend
+            step, q = self.combined([step, p], [1.0, length]), q - decrease
+            if decrease <= floor * abs(q) or used == dial.refine:
+                return Refinement(step, used, broken=False)
+            residual = residual + length * (self.product(p) + damping * p.flat)
+            last = [p]
+        return Refinement(step, 0, broken=False)
+
+    def numbers(self, gradient: Tensor, line: Line, damping: float) -> tuple[float, float]:
+        """g'v and v'(C + λI)v, with one synchronisation."""
+        bend = self._inner(line, line, damping)
+        slope, bent = torch.stack([torch.dot(gradient, line.flat).double(), bend]).tolist()
+        return slope, bent
+
+    def _inner(self, x: Line, y: Line, damping: float) -> Tensor:
+        """x'(C + λI)y, () in float64."""
+        return (self._bend(x, y) + damping * torch.dot(x.flat, y.flat)).double()
+
+    def _preconditioned(self, residual: Tensor, dial: Dial) -> Line:
+        vector = unflattened(residual, self.replayer.parameters())
+        return self.line([t.neg() for t in dial.precondition(vector)])
+
+    def _conjugate(self, z: Line, against: Sequence[Line], damping: float) -> Line:
+        """z less its parts along lines that are conjugate to each other."""
+        if not against:
+            return z
+        sizes = [self._inner(line, line, damping) for line in against]
+        for _ in range(2):  # the second time takes off what rounding left
+            along = [self._inner(line, z, damping) for line in against]
+            shares = (torch.stack(along) / torch.stack(sizes)).nan_to_num(0.0, 0.0, 0.0).tolist()
+            z = self.combined([z, *against], [1.0, *(-share for share in shares)])
+        return z
+
     def _bend(self, x: Line, y: Line) -> Tensor:
         """x'Cy, ()."""
         terms = [
@@ -159,6 +260,22 @@ class QuadraticModel:
             Jv = term.bridge.push(Jv)
         LJv = term.curvature.product(Jv)
         return Jv.to(LJv.dtype), LJv
+
+    def _pull(self, t: int, u: Tensor) -> Tensor:
+        """J'u of one term, flattened, on a graph that is kept for the next."""
+        if not self._outputs:
+            with self.unwatched(), torch.enable_grad():
+                self._outputs = [self.replayer.run(term.call, term.path) for term in self.terms]
+        bridge, output = self.terms[t].bridge, self._outputs[t]
+        u = u if bridge is None else bridge.pull(u)
+        found = torch.autograd.grad(
+            output,
+            self.replayer.originals,
+            u.to(output.dtype),
+            retain_graph=True,
+            materialize_grads=True,
+        )
+        return flattened(found)
 
     def _forward(self, term: Term, direction: Vector) -> Tensor:
         """J v at the model's output, by torch's forward mode if the model has one."""
@@ -198,6 +315,21 @@ def flattened(vector: Vector) -> Tensor:
     """All tensors in one, in float32 or better: (all parameters,)."""
     flat = torch.cat([t.reshape(-1) for t in vector])
     return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+
+
+def unflattened(flat: Tensor, like: Vector) -> list[Tensor]:
+    """The inverse of `flattened`, in the shapes and dtypes of another vector."""
+    parts = flat.split([t.numel() for t in like])
+    return [p.reshape(t.shape).to(t.dtype) for p, t in zip(parts, like, strict=True)]
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    first, *rest = tensors
+    return sum(rest, first)
+
+
+def _rounding(tensor: Tensor) -> float:
+    return 4 * torch.finfo(tensor.dtype).eps
 
 
 def _symmetric(lower: list[float], k: int) -> list[list[float]]:

@@ -33,7 +33,7 @@ class Replayer:
     """Reruns one model with other tensors in the place of its trained parameters."""
 
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
-        self.model, self._parameters = model, list(parameters)
+        self.model, self.originals = model, list(parameters)
         self.without_forward_mode = ""  # what torch said, where it has none for this model
         self._buffers = [m._buffers for m in model.modules() if m._buffers]
         wanted = {id(p): i for i, p in enumerate(parameters)}
@@ -45,7 +45,7 @@ class Replayer:
 
     def parameters(self) -> list[Tensor]:
         """The parameters that are replaced, detached, in their order."""
-        return [p.detach() for p in self._parameters]
+        return [p.detach() for p in self.originals]
 
     def run(self, call: ModelCall, path: Path, tensors: Sequence[Tensor] | None = None) -> Tensor:
         """The output at `path` of the model on the call's arguments, with `tensors` as parameters.
@@ -150,6 +150,23 @@ class Bridge:
         self.linear = self._pulled.requires_grad and torch.allclose(
             self.push(source.detach()), output.detach(), rtol=1e-5, atol=0
         )
+
+    def pull(self, cotangent: Tensor) -> Tensor:
+        """J'u: a cotangent at the criterion's input, carried back to the model's output."""
+        with torch.enable_grad():
+            tangent = torch.zeros_like(self._pulled, requires_grad=True)
+            (pushed,) = torch.autograd.grad(
+                self._pulled,
+                self._u,
+                tangent,
+                retain_graph=True,
+                create_graph=True,
+                materialize_grads=True,
+            )
+            (pulled,) = torch.autograd.grad(
+                pushed, tangent, cotangent.to(pushed.dtype), materialize_grads=True
+            )
+        return pulled
 
     def push(self, tangent: Tensor) -> Tensor:
         """J v: a tangent at the model's output, carried to the criterion's input."""

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from kronewton.adapt import Settings
 from kronewton.errors import StateError
+from kronewton.layers import Layer
 from kronewton.planner import Planner
 
-VERSION = 1
+VERSION = 2
 PREFIX = "kfac_"  # in front of every key of ours, beside those of the fallback
 SCALARS = (
     "version",
@@ -34,6 +35,7 @@ SCALARS = (
     "change",
     "skipped",
     "undone",
+    "broken",
     "lr",
     "basis",
 )
@@ -71,6 +73,7 @@ def planner_scalars(planner: Planner) -> dict[str, float | None]:
         "after": None if outcome is None else outcome[0],
         "change": None if outcome is None else outcome[1],
         "undone": planner.undone,
+        "broken": planner.broken,
         "lr": planner.lr,
     }
 
@@ -78,6 +81,7 @@ def planner_scalars(planner: Planner) -> dict[str, float | None]:
 def restore_planner(planner: Planner, numbers: Mapping[str, float | None]) -> None:
     """The inverse of `planner_scalars`. A damping that was given as a number stays as given."""
     planner.asked, planner.undone = int(numbers["asked"] or 0), int(numbers["undone"] or 0)
+    planner.broken = int(numbers["broken"] or 0)
     planner.lr = numbers["lr"] or 0.0
     planner.curvature.scale, planner.noise = numbers["scale"] or 0.0, numbers["noise_seen"]
     if isinstance(planner.options.damping, str):
@@ -112,3 +116,42 @@ def split(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, dict
         if rest:
             theirs[index] = rest
     return {**state_dict, "state": theirs}, ours
+
+
+def require_same_groups(saved: list[int], own: list[int]) -> None:
+    """Raise StateError unless the numbers of parameters in all groups agree."""
+    if saved != own:
+        raise StateError(
+            f"the state_dict has parameter groups of {saved} parameters and this optimizer has "
+            f"{own}: it was saved for another model or another grouping. Build the optimizer "
+            "as it was when the state was saved."
+        )
+
+
+def require_same_shapes(
+    name: str, p: Tensor, theirs: Mapping[str, Any], ours: Mapping[str, Tensor]
+) -> None:
+    """Raise StateError if what is saved of a parameter has another shape than it."""
+    for key, value in theirs.items():
+        if isinstance(value, Tensor) and value.dim() and value.shape != p.shape:
+            raise _of_another_model(f"{key!r}", value, f"parameter '{name}'", p.shape)
+    previous = ours.get("previous")
+    if previous is not None and previous.shape != p.shape:
+        raise _of_another_model("a step", previous, f"parameter '{name}'", p.shape)
+
+
+def require_same_layer(layer: Layer, kept: Mapping[str, Tensor]) -> None:
+    """Raise StateError if the factors that are saved of a layer have other shapes than its."""
+    G = layer.kind.matrix(layer, layer.parameters())
+    for key, d in {"A_total": G.shape[-1], "B_total": G.shape[-2]}.items():
+        wanted = torch.Size((*G.shape[:-2], d, d))
+        if key in kept and kept[key].shape != wanted:
+            raise _of_another_model("a factor", kept[key], f"layer '{layer.name}'", wanted)
+
+
+def _of_another_model(what: str, saved: Tensor, owner: str, wanted: torch.Size) -> StateError:
+    return StateError(
+        f"the state_dict holds {what} of shape {tuple(saved.shape)} for {owner}, which needs "
+        f"{tuple(wanted)}: it was saved for another model. Load the state of this model, or start "
+        "afresh."
+    )
