@@ -16,6 +16,7 @@ class Row:
     method: str  # how its step is made
     why: str  # the reason, where it is not K-FAC
     memory: int  # bytes of curvature that the layer of this parameter keeps
+    curved: bool  # whether curvature has a part in it
 
     @property
     def numel(self) -> int:
@@ -55,7 +56,7 @@ class Coverage:
     def covered(self) -> float:
         """The share of all trained numbers whose step uses curvature."""
         total = sum(row.numel for row in self.rows) or 1
-        return sum(row.numel for row in self.rows if not row.why) / total
+        return sum(row.numel for row in self.rows if row.curved) / total
 
     def summary(self) -> str:
         """One sentence."""

@@ -117,10 +117,11 @@ class KFAC(Optimizer):
         groups = check_parameters(params, model)
         super().__init__(groups, {"lr": first_lr, "weight_decay": weight_decay})
         self._watch(model, criterion)
-        if strict and self.coverage().covered < 1:
+        without = [row for row in self.coverage().rows if not row.curved] if strict else []
+        if without:
             raise ModelError(
                 "strict=True, and these parameters would get the AdamW fallback: "
-                + "; ".join(f"{r.parameter} ({r.why})" for r in self.coverage().rows if r.why)
+                + "; ".join(f"{row.parameter} ({row.why})" for row in without)
                 + ". Freeze them, train them with another optimizer, or leave out strict."
             )
 
@@ -133,6 +134,7 @@ class KFAC(Optimizer):
         covered = {id(p) for layer in layers for p in layer.parameters().values()}
         self._names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
         self._layers: list[Layer] = layers
+        self._said: set[str] = set()
         options = self.options
         # The dial is over all parameters together; without it those of no kind get the fallback.
         together = options.refine > 0 and bool(layers)
@@ -147,6 +149,12 @@ class KFAC(Optimizer):
         self._curvature = Curvature(layers, options.basis, options.factor_decay)
         self._watcher: Watcher | None = None
         self._planner: Planner | None = None
+        if options.refine and not layers:
+            self._warn(
+                f"refine={options.refine} was asked for, and no layer of the model is of a kind "
+                "that K-FAC covers: without its factors there is nothing to start from, and AdamW "
+                "trains all parameters."
+            )
         if model is not None and layers:
             replays = options.uses_model
             self._watcher = Watcher(
@@ -165,7 +173,6 @@ class KFAC(Optimizer):
         self._plan: Plan | None = None
         self._steps = self._skipped = 0
         self._just_skipped = False
-        self._said: set[str] = set()
 
     def _make_fallback(self, parameters: list[Tensor]) -> torch.optim.AdamW | None:
         if not parameters:
@@ -197,6 +204,7 @@ class KFAC(Optimizer):
 
     def _step_covered(self, watcher: Watcher, planner: Planner) -> None:
         parts = self._required(watcher)
+        self._require_curved(parts)
         planner.look_back(parts)
         seen = by_layer((part.statistics, part.weight) for part in parts)
         self._curvature.learn(seen)
@@ -214,6 +222,7 @@ class KFAC(Optimizer):
         if planner.settings is not None:
             self._curvature.refresh(names, planner.settings.inverse_damping)
             plan = planner.plan(self._steps, parts, gradient, self._previous)
+            self._warn_of_products(planner, parts)
         if planner.settings is None and not self._curvature.scale:
             self._skip(NO_CURVATURE)
         elif plan is None:
@@ -258,6 +267,34 @@ class KFAC(Optimizer):
             "given to KFAC; for a loss that is computed otherwise pass criterion=None, or call "
             "optimizer.observe(output, target, criterion) before backward()."
         )
+
+    def _require_curved(self, parts: Sequence[Part]) -> None:
+        """Refuse the dial where its other end is not there: Newton on a loss without curvature."""
+        flat = [part for part in parts if self.options.refine and not part.curvature().curved]
+        if flat:
+            raise CriterionError(
+                f"refine={self.options.refine} walks towards the Newton step, and "
+                f"{type(flat[0].criterion).__name__} has no curvature in the model's output here: "
+                "its Hessian is zero. Use a criterion that has some (HuberLoss for L1Loss), or "
+                "refine=0."
+            )
+
+    def _warn_of_products(self, planner: Planner, parts: Sequence[Part]) -> None:
+        """Say once where the exact products come from, if not from where they should."""
+        missing = planner.replayer.without_forward_mode
+        if missing:
+            self._warn(
+                f"torch has no forward mode for a part of this model ({missing}): products with "
+                "its Jacobian are made by differentiating twice backward, which is exact and takes "
+                "about half as long again."
+            )
+        if self.options.refine and not planner.models(parts):
+            self._warn(
+                f"refine={self.options.refine} was asked for, and the model cannot be run again on "
+                "this batch: its loss is not computed from what the model returns, or the batch "
+                "was overwritten before step(). The step is K-FAC's own. Return the output that "
+                "the criterion takes, and keep the batch until the step is made."
+            )
 
     def _warn_of_uncalled(self, seen: Collection[str]) -> None:
         """Say which layers have a gradient and no curvature, for their step is plain descent."""
@@ -413,9 +450,11 @@ class KFAC(Optimizer):
             kind, memory = methods.get(id(p), ("—", 0))
             why = "" if id(p) in methods else self._reasons.get(id(p)) or "no model was given"
             method = f"K-FAC {self.options.basis}" if not why else "AdamW"
-            rows.append(
-                Row(self._names.get(id(p), f"#{i}"), tuple(p.shape), kind, method, why, memory)
-            )
+            if why and id(p) in self._place:
+                method = "refine alone"
+            curved = id(p) in self._place
+            name = self._names.get(id(p), f"#{i}")
+            rows.append(Row(name, tuple(p.shape), kind, method, why, memory, curved))
         return Coverage(tuple(rows), f"Fisher: {self._fisher.mode}.")
 
     def diagnostics(self) -> dict[str, Tensor]:

@@ -33,6 +33,11 @@ class OutputCurvature(ABC):
         """What is assumed or approximated, in a sentence; empty if nothing is."""
 
     @property
+    def curved(self) -> bool:
+        """Whether Λ is anything but zero."""
+        return True
+
+    @property
     @abstractmethod
     def column_count(self) -> int:
         """How many columns there are."""

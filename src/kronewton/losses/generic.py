@@ -59,6 +59,10 @@ class Projected(OutputCurvature):
             return _blocks(hessian, self.output, coupled, type(self.criterion).__name__)
 
     @property
+    def curved(self) -> bool:
+        return self._blocks.curved
+
+    @property
     def column_count(self) -> int:
         return self.output.numel() // self._examples
 
