@@ -21,7 +21,7 @@ from kronewton import KFAC, factors
 from kronewton.capture import Fisher, Watcher
 from kronewton.curvature import by_layer
 from kronewton.errors import CriterionError
-from kronewton.factors import Factors, batch_factors, with_corrected
+from kronewton.factors import Factors, batch_factors, reduced_factors, with_corrected
 from kronewton.layers import find_layers
 from kronewton.planner import Planner
 
@@ -31,19 +31,18 @@ pytestmark = pytest.mark.usefixtures("float64")
 DETERMINISTIC = ("exact", "empirical")
 
 
-def watch(
-    model: nn.Module, criterion: nn.Module | None, fisher: str = "exact", sharing: str = "expand"
-) -> Watcher:
+def watch(model: nn.Module, criterion: nn.Module | None, fisher: str = "exact") -> Watcher:
     layers, _ = find_layers(model, {id(p) for p in model.parameters() if p.requires_grad})
     generator = torch.Generator().manual_seed(0)
-    return Watcher(model, criterion, layers, Fisher(fisher, 1, generator), sharing, True)
+    return Watcher(model, criterion, layers, Fisher(fisher, 1, generator), True)
 
 
-def gathered(watcher: Watcher) -> dict[str, Factors]:
+def gathered(watcher: Watcher, sharing: str = "expand") -> dict[str, Factors]:
     """The factors of everything that was committed since the last call."""
     parts, _ = watcher.collect()
     seen = by_layer((part.statistics, part.weight) for part in parts)
-    return {name: batch_factors(found) for name, found in seen.items()}
+    build = reduced_factors if sharing == "reduce" else batch_factors
+    return {name: build(found) for name, found in seen.items()}
 
 
 def seen_by(
@@ -53,10 +52,10 @@ def seen_by(
     fisher: str = "exact",
     sharing: str = "expand",
 ) -> dict[str, Factors]:
-    watcher = watch(model, criterion, fisher, sharing)
+    watcher = watch(model, criterion, fisher)
     model.zero_grad()
     loop()
-    found = gathered(watcher)
+    found = gathered(watcher, sharing)
     watcher.close()
     return found
 
@@ -157,7 +156,7 @@ def test_draws_average_to_the_exact_factor():
     for draws in (100, 1600):
         layers, _ = find_layers(model, {id(p) for p in model.parameters()})
         fisher = Fisher("sampled", draws, torch.Generator().manual_seed(1))
-        watcher = Watcher(model, criterion, layers, fisher, "expand", True)
+        watcher = Watcher(model, criterion, layers, fisher, True)
         backward(model, criterion, x, y)
         found = gathered(watcher)["2"].B.mean
         watcher.close()

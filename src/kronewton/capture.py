@@ -82,14 +82,13 @@ class Watcher:
         criterion: nn.Module | None,
         layers: Sequence[Layer],
         fisher: Fisher,
-        sharing: str,
         replays: bool,
     ) -> None:
         self.capturing = True  # statistics are due in this step
         self._indirect = False  # the criterion was seen on something that the model did not return
         self.replays = replays
         self.layers = {id(layer.module): layer for layer in layers}
-        self.fisher, self.sharing = fisher, sharing
+        self.fisher = fisher
         self.criterion = criterion
         self._paused = False
         self._clear()
@@ -154,10 +153,7 @@ class Watcher:
             parts = self._unwatched_part()
         for part in parts:
             for name, stats in part.statistics.items():
-                whole = joined(stats)
-                part.statistics[name] = (
-                    [reduced(one) for one in whole] if self.sharing == "reduce" else whole
-                )
+                part.statistics[name] = joined(stats)
         self._clear()
         return parts, len({part.key for part in parts}) < len(parts)
 
@@ -490,23 +486,6 @@ def _joined(calls: list[Statistics]) -> Statistics:
         weights = torch.cat([s.weights.expand(s.a.counts) for s in calls], 1)
     a = DenseRows(torch.cat([s.a.dense() for s in calls], -2))
     return Statistics(a, torch.cat([s.b for s in calls], -2), weights, first.forward)
-
-
-def reduced(stats: Statistics) -> Statistics:
-    """One row for each example: inputs averaged over its positions, gradients summed.
-
-    Eschenhagen et al. 2023, section 3.3. Masked positions are left out of the average.
-    """
-    S = stats.a.counts[1]
-    if S == 1:
-        return stats
-    b = stats.b.sum(-2, keepdim=True)  # (…, V, N, 1, d_out)
-    if stats.weights.dim() == 0:
-        return Statistics(DenseRows(stats.a.averaged()), b, stats.weights * S, stats.forward)
-    share = stats.weights.sum(1, keepdim=True)  # (N, 1)
-    safe = torch.where(share > 0, share, torch.ones_like(share))
-    a = stats.a.averaged(stats.weights / safe)  # (…, N, 1, d_in)
-    return Statistics(DenseRows(a), b, share, stats.forward)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

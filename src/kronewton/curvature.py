@@ -13,7 +13,9 @@ from kronewton.factors import (
     Factors,
     Moment,
     Observation,
+    all_reduced,
     batch_factors,
+    best_factors,
     rotated,
     with_corrected,
 )
@@ -44,8 +46,12 @@ def due_in_turn(step: int, every: int, names: Sequence[str]) -> set[str]:
 class Curvature:
     """Running factors and inverses by layer name, in one of the three bases."""
 
-    def __init__(self, layers: Sequence[Layer], basis: str, decay: float) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], basis: str, decay: float, sharing: str = "expand"
+    ) -> None:
         self.layers = {layer.name: layer for layer in layers}
+        self.sharing = sharing
+        self._build = best_factors if sharing == "best" else batch_factors
         self.basis, self.decay = basis, decay
         self.factors: dict[str, Factors] = {}
         self.inverses: dict[str, Inverse] = {}
@@ -57,7 +63,8 @@ class Curvature:
     def learn(self, observations: Mapping[str, Sequence[Observation]]) -> None:
         """Add one batch to the running factors of every layer that took part in it."""
         for name, seen in observations.items():
-            batch = batch_factors(seen)
+            seen = all_reduced(seen) if self.sharing == "reduce" else seen
+            batch = self._build(seen)
             if not bool(batch.finite()):
                 self.dropped += 1
             elif bool(batch.A.count > 0):
@@ -123,7 +130,7 @@ class Curvature:
         R_A, R_B = old.U_A.mT @ new.U_A, old.U_B.mT @ new.U_B
         if seen is None:
             return rotated(factors.s, R_A, R_B)
-        batch = batch_factors(seen)
+        batch = self._build(seen)
         here = with_corrected(batch, seen, old.U_A, old.U_B).s
         there = with_corrected(batch, seen, new.U_A, new.U_B).s
         assert here is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +12,8 @@ from kronewton.linalg import diagonal, second_moment
 from kronewton.types import Statistics
 
 CHUNK = 1 << 24  # numbers in one chunk of per-example gradients
+SWEEPS, TOLERANCE = 30, 1e-5  # of the search for the best Kronecker product
+TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,10 @@ Observation = tuple[Statistics, Tensor]  # and the weight of its part of the bat
 
 
 def batch_factors(observations: Sequence[Observation]) -> Factors:
-    """A and B of one layer over all parts of one batch and all calls of the layer in them."""
+    """A and B of one layer over all parts of one batch: every position an example (expand).
+
+    Grosse & Martens 2016, Eschenhagen et al. 2023, section 3.2.
+    """
     A = _sum(_input_moment(stats, part) for stats, part in observations)
     total = _total(part * second_moment(stats.b.flatten(-4, -2)) for stats, part in observations)
     return Factors(A, Moment(total, total.new_ones(())))
@@ -86,6 +91,126 @@ def _input_moment(stats: Statistics, part: Tensor) -> Moment:
         N, S = stats.a.counts
         return Moment(part * weights * stats.a.second_moment(), part * weights * (N * S))
     return Moment(part * stats.a.second_moment(weights), part * weights.sum())
+
+
+def reduced_factors(observations: Sequence[Observation]) -> Factors:
+    """The same from one row for each example (reduce)."""
+    return batch_factors(all_reduced(observations))
+
+
+def all_reduced(observations: Sequence[Observation]) -> list[Observation]:
+    """Every part of a batch with one row for each example."""
+    return [(reduced(stats), part) for stats, part in observations]
+
+
+def reduced(stats: Statistics) -> Statistics:
+    """One row for each example: inputs averaged over its positions, gradients summed.
+
+    Eschenhagen et al. 2023, section 3.3. Masked positions are left out of the average.
+    """
+    S = stats.a.counts[1]
+    if S == 1:
+        return stats
+    b = stats.b.sum(-2, keepdim=True)  # (…, V, N, 1, d_out)
+    if stats.weights.dim() == 0:
+        return Statistics(stats.a.averaged(), b, stats.weights * S, stats.forward)
+    share = stats.weights.sum(1, keepdim=True)  # (N, 1)
+    safe = torch.where(share > 0, share, torch.ones_like(share))
+    a = stats.a.averaged(stats.weights / safe)  # (…, N, 1, d_in)
+    return Statistics(a, b, share, stats.forward)
+
+
+def best_factors(
+    observations: Sequence[Observation], sweeps: int = SWEEPS, tolerance: float = TOLERANCE
+) -> Factors:
+    """The single Kronecker product that is nearest to the exact block in the Frobenius norm.
+
+    The leading singular pair of Van Loan's rearrangement, whose entries are those of the block:
+    alternating least squares from whichever of expand's and reduce's A is better, so that it is
+    never farther than they are. The block is used through per-example gradients G only: the best
+    B for an A is Σ G A G' / ‖A‖², the best A for a B is Σ G'B G / ‖B‖². Ends when a sweep makes
+    less than `tolerance` of relative difference. Scaled so that A has expand's trace.
+    """
+    expand = batch_factors(observations)
+    if not bool(expand.A.count > 0):  # everything is masked
+        return expand
+    A, B = _first_pair(observations, expand)
+    size = _norm(B) * _norm(A)
+    for _ in range(sweeps):
+        A = _best_input_factor(observations, B)
+        B = _best_output_factor(observations, A)
+        before, size = size, _norm(B) * _norm(A)
+        if bool((size - before <= tolerance * size).all()):
+            break
+    trace, wanted = diagonal(A).sum(-1), diagonal(expand.A.mean).sum(-1)
+    scale = torch.where(trace > 0, wanted / trace, torch.ones_like(trace))[..., None, None]
+    return Factors(
+        Moment(A * scale * expand.A.count, expand.A.count), Moment(B / scale, expand.B.count)
+    )
+
+
+def _first_pair(observations: Sequence[Observation], expand: Factors) -> tuple[Tensor, Tensor]:
+    """Of the A's of expand and reduce the one that catches more of the block, and its best B."""
+    A = expand.A.mean
+    B = _best_output_factor(observations, A)
+    if all(stats.a.counts[1] == 1 for stats, _ in observations):
+        return A, B
+    other = reduced_factors(observations).A.mean
+    best = _best_output_factor(observations, other)
+    better = (_norm(best) * _norm(other) > _norm(B) * _norm(A))[..., None, None]
+    return torch.where(better, other, A), torch.where(better, best, B)
+
+
+def _best_input_factor(observations: Sequence[Observation], B: Tensor) -> Tensor:
+    """Σ G'B G / ‖B‖²: (…, d_in, d_in)."""
+    found = []
+    for stats, part in observations:
+        if _is_plain(stats):  # G = b a', and G'B G = (b'B b) a a'
+            weights = ((stats.b @ B) * stats.b).sum(-1).sum(0)  # (N, 1)
+            found.append(part * stats.a.second_moment(weights))
+            continue
+        for G in example_gradients(stats, part):
+            found.append(torch.einsum("...poi,...pok->...ik", B.unsqueeze(-3) @ G, G))
+    return _total(found) / _norm(B).square().clamp_min(TINY)[..., None, None]
+
+
+def _best_output_factor(observations: Sequence[Observation], A: Tensor) -> Tensor:
+    """Σ G A G' / ‖A‖²: (…, d_out, d_out)."""
+    found = []
+    for stats, part in observations:
+        if _is_plain(stats):  # G A G' = (a'A a) b b'
+            a = stats.a.dense()
+            weights = ((a @ A) * a).sum(-1).expand(stats.b.shape[:-1])
+            found.append(part * second_moment(stats.b.flatten(0, 2), weights.flatten()))
+            continue
+        for G in example_gradients(stats, part):
+            found.append(torch.einsum("...poi,...pqi->...oq", G @ A.unsqueeze(-3), G))
+    return _total(found) / _norm(A).square().clamp_min(TINY)[..., None, None]
+
+
+def _is_plain(stats: Statistics) -> bool:
+    """One block, and one position for each example."""
+    return stats.b.dim() == 4 and stats.a.counts[1] == 1
+
+
+def _norm(matrix: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.matrix_norm(matrix)
+    return norm
+
+
+def example_gradients(stats: Statistics, part: Tensor) -> Iterator[Tensor]:
+    """Per-example gradients √part·Σ_s b a' of all draws, some at a time: (…, P, d_out, d_in).
+
+    The exact block is the sum of their outer products.
+    """
+    N, S = stats.a.counts
+    V, d_out = stats.b.shape[-4], stats.b.shape[-1]
+    d_in = stats.a.dense(0, 1).shape[-1]
+    step = max(1, CHUNK // (S * (d_in + V * d_out) + V * d_out * d_in))  # examples
+    for n in range(0, N, step):
+        a = stats.a.dense(n, n + step).unsqueeze(-4)  # (…, 1, n, S, d_in)
+        G = stats.b[..., n : n + step, :, :].mT @ a  # (…, V, n, d_out, d_in)
+        yield part.clamp_min(0).sqrt() * G.flatten(-4, -3)
 
 
 def with_corrected(

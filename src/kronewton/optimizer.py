@@ -57,7 +57,9 @@ class KFAC(Optimizer):
     trust_region: ½Δ'CΔ of a step Δ is at most this multiple of the loss ("auto": 1), or None.
     fisher: "sampled" (draws of the model's own predictions), "exact" (one backward pass for each
         output) or "empirical" (the training gradients; the only one without a criterion).
-    sharing: how a weight used at several positions is approximated: "expand" or "reduce".
+    sharing: how one Kronecker product stands for a weight that is used at several positions:
+        "expand" (every position an example), "reduce" (positions averaged) or "best" (the nearest
+        product in the Frobenius norm, at the cost of per-example gradients).
     refine: the dial from K-FAC (0) to the exact damped Gauss-Newton step: so many conjugate-
         gradient directions, preconditioned by K-FAC, over all parameters together; ended early by
         one that lowers the quadratic model by less than `refine_tolerance` of its value.
@@ -146,7 +148,7 @@ class KFAC(Optimizer):
         self._generator.manual_seed(options.seed)
         mode = options.fisher if criterion is not None else "empirical"
         self._fisher = Fisher(mode, options.draws, self._generator)
-        self._curvature = Curvature(layers, options.basis, options.factor_decay)
+        self._curvature = Curvature(layers, options.basis, options.factor_decay, options.sharing)
         self._watcher: Watcher | None = None
         self._planner: Planner | None = None
         if options.refine and not layers:
@@ -157,9 +159,7 @@ class KFAC(Optimizer):
             )
         if model is not None and layers:
             replays = options.uses_model
-            self._watcher = Watcher(
-                model, criterion, layers, self._fisher, options.sharing, replays
-            )
+            self._watcher = Watcher(model, criterion, layers, self._fisher, replays)
             self._planner = Planner(
                 options,
                 self._curvature,

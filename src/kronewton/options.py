@@ -13,7 +13,7 @@ from kronewton.errors import ModelError, OptionError, UnsupportedError
 
 AUTO = "auto"
 FISHERS = ("sampled", "exact", "empirical")
-SHARINGS = ("expand", "reduce")
+SHARINGS = ("expand", "reduce", "best")
 BASES = ("factored", "eigen", "corrected")
 
 

@@ -48,7 +48,7 @@ class Rows(ABC):
         """Sum of outer products, each row with its weight (N, S): (…, d_in, d_in)."""
 
     @abstractmethod
-    def averaged(self, shares: Tensor | None = None) -> Tensor:
+    def averaged(self, shares: Tensor | None = None) -> Rows:
         """One row for each example: the mean over its positions, or Σ shares·a: (…, N, 1, d_in)."""
 
 

@@ -75,10 +75,10 @@ class DenseRows(Rows):
         flat = None if weights is None else weights.reshape(-1)
         return second_moment(self.rows.flatten(-3, -2), flat)
 
-    def averaged(self, shares: Tensor | None = None) -> Tensor:
+    def averaged(self, shares: Tensor | None = None) -> Rows:
         if shares is None:
-            return self.rows.mean(-2, keepdim=True)
-        return shares.unsqueeze(-2) @ self.rows  # (N, 1, S) times (…, N, S, d_in)
+            return DenseRows(self.rows.mean(-2, keepdim=True))
+        return DenseRows(shares.unsqueeze(-2) @ self.rows)  # (N, 1, S) times (…, N, S, d_in)
 
 
 def rows_of(tensor: Tensor) -> Tensor:

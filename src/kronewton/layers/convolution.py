@@ -149,18 +149,18 @@ class Windows(Rows):
             moment[:, :d, d] = moment[:, d, :d]
         return _without_one(_channels_first(moment, C, kernel))
 
-    def averaged(self, shares: Tensor | None = None) -> Tensor:
+    def averaged(self, shares: Tensor | None = None) -> Rows:
         if shares is None:
             D = len(self.cut.kernel)
             mean = self._view.mean(tuple(range(2, 2 + D)))  # (N, C, *kernel)
             rows = mean.reshape(len(mean), self.groups, 1, -1).transpose(0, 1)
-            return _without_one(with_bias_entry(rows) if self.bias else rows)
+            return DenseRows(_without_one(with_bias_entry(rows) if self.bias else rows))
         step = self._step
         found = [
             shares[n : n + step].unsqueeze(-2) @ self.dense(n, n + step)
             for n in range(0, len(shares), step)
         ]
-        return torch.cat(found, -3)  # (…, N, 1, d_in)
+        return DenseRows(torch.cat(found, -3))  # (…, N, 1, d_in)
 
     @property
     def _step(self) -> int:
