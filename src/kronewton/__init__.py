@@ -5,7 +5,16 @@
 """
 
 from kronewton import derivation, errors, losses
+from kronewton.explain import Explanation, explain
 from kronewton.optimizer import KFAC
 
 __version__ = "0.1.0"
-__all__ = ["KFAC", "__version__", "derivation", "errors", "losses"]
+__all__ = [
+    "KFAC",
+    "Explanation",
+    "__version__",
+    "derivation",
+    "errors",
+    "explain",
+    "losses",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -46,7 +47,7 @@ class Coverage:
                 row.kind,
                 row.method,
                 f"{row.numel / total:.1%}",
-                _bytes(row.memory),
+                readable_bytes(row.memory),
                 row.why,
             )
             for row in self.rows
@@ -63,25 +64,34 @@ class Coverage:
         return f"{self.covered:.1%} of the trained numbers are covered by curvature. {self.note}"
 
     def __str__(self) -> str:
-        table = [self.HEADER, *self.cells()]
-        widths = [max(len(cells[j]) for cells in table) for j in range(len(self.HEADER))]
-        lines = [
-            "  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip()
-            for cells in table
-        ]
-        lines.insert(1, "  ".join("-" * w for w in widths).rstrip())
-        return "\n".join([*lines, "", self.summary()])
+        return text_table(self.HEADER, self.cells(), self.summary())
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{escape(name)}</th>" for name in self.HEADER)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
-            for cells in self.cells()
-        )
-        return f"<table><tr>{head}</tr>{body}</table><p>{escape(self.summary())}</p>"
+        return html_table(self.HEADER, self.cells(), self.summary())
 
 
-def _bytes(count: int) -> str:
+def text_table(header: Sequence[str], cells: Sequence[Sequence[str]], summary: str) -> str:
+    """Columns of text with a rule under the header, and a sentence under all."""
+    table = [header, *cells]
+    widths = [max(len(row[j]) for row in table) for j in range(len(header))]
+    lines = [
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table
+    ]
+    lines.insert(1, "  ".join("-" * w for w in widths).rstrip())
+    return "\n".join([*lines, "", summary])
+
+
+def html_table(header: Sequence[str], cells: Sequence[Sequence[str]], summary: str) -> str:
+    """The same for a notebook."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in cells
+    )
+    return f"<table><tr>{head}</tr>{body}</table><p>{escape(summary)}</p>"
+
+
+def readable_bytes(count: int) -> str:
+    """A size in the unit that keeps it short."""
     size = float(count)
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
