@@ -91,16 +91,19 @@ def test_split_is_the_inverse_of_matrix(case):
             assert parts[name].equal(tensor)
 
 
+@pytest.mark.parametrize("channels", [1, 16])
 @pytest.mark.parametrize("chunk", [1, 1 << 22])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_rows_that_are_not_laid_out_are_what_they_would_be(case, chunk, monkeypatch):
+def test_rows_that_are_not_laid_out_are_what_they_would_be(case, chunk, channels, monkeypatch):
     monkeypatch.setattr(convolution, "CHUNK", chunk)
+    monkeypatch.setattr(convolution, "LEAST_CHANNELS", channels)
     for layer in layers_of(case):
         x = torch.randn(5, *case.example)
         rows = layer.kind.input_rows(layer, x, layer.module(x).shape)
         dense = DenseRows(rows.dense())
         weights = torch.rand(rows.counts)
-        for given in (None, weights, torch.zeros_like(weights)):
+        of_examples = torch.rand(len(weights), 1).expand(rows.counts)
+        for given in (None, weights, of_examples, torch.zeros_like(weights)):
             close = {"rtol": 1e-12, "atol": 1e-12}
             found = rows.second_moment(given)
             torch.testing.assert_close(found, dense.second_moment(given), **close)

@@ -29,6 +29,13 @@ class Geometry:
     padding: tuple[tuple[int, int], ...]  # before and after; negative: cut off
     mode: str  # of torch.nn.functional.pad
 
+    @property
+    def zeros(self) -> tuple[tuple[int, int], ...]:
+        """How many zeros the prepared input has before and after, in each dimension, at least."""
+        if self.mode != "constant":
+            return ((0, 0),) * len(self.kernel)
+        return tuple((max(before, 0), max(after, 0)) for before, after in self.padding)
+
     def prepared(self, x: Tensor) -> Tensor:
         """The input with what is read beyond it: (N, C, *padded)."""
         for dim, step in enumerate(self.spread, start=2):

@@ -15,11 +15,13 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
 from kronewton.layers.base import DenseRows, Kind, Layer, with_bias_entry
+from kronewton.layers.lags import lag_moment
 from kronewton.linalg import second_moment
 from kronewton.tiling import Geometry, geometry
 from kronewton.types import Rows
 
 CHUNK = 1 << 22  # numbers in the windows that are laid out at a time
+LEAST_CHANNELS = 16  # for lags to pay
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 TORCHS = [
@@ -136,6 +138,44 @@ class Windows(Rows):
         return _without_one(with_bias_entry(rows) if self.bias else rows)
 
     def second_moment(self, weights: Tensor | None = None) -> Tensor:
+        of_examples = weights is None or weights.shape[1] == 1 or not any(weights.stride()[1:])
+        if of_examples and self._pays():
+            return self._from_lags(None if weights is None else weights[:, 0])
+        return self._from_chunks(weights)
+
+    def _pays(self) -> bool:
+        """Whether lags are cheaper than windows; measured on a CPU only."""
+        channels, D = self.prepared.shape[1], len(self.cut.kernel)
+        return (
+            D <= 2
+            and all(stride == 1 for stride in self.cut.stride)
+            and math.prod(self.cut.kernel) > 1
+            and channels >= LEAST_CHANNELS
+            and self.prepared.device.type == "cpu"
+        )
+
+    def _from_lags(self, weights: Tensor | None) -> Tensor:
+        """Through `lags`, a bias entry added; `weights` (N,) are those of the examples."""
+        x, cut = self.prepared, self.cut
+        if len(cut.kernel) == 1:
+            x = x.unsqueeze(2)
+        kernel, dilation = ((1, *n)[-2:] for n in (cut.kernel, cut.dilation))
+        zeros = ((0, 0), *cut.zeros)[-2:]
+        moment = lag_moment(x, kernel, dilation, self.groups, weights, zeros)
+        if not self.bias:
+            return _without_one(moment)
+        weighted = x if weights is None else x * weights.reshape(-1, 1, 1, 1)
+        N, S = self.counts
+        count = x.new_tensor(N * S) if weights is None else weights.sum() * S
+        image = weighted.sum(0, keepdim=True).reshape(1, *self.prepared.shape[1:])
+        D = len(cut.kernel)
+        sums = cut.windows(image).sum(tuple(range(2, 2 + D)))  # (1, groups·C, *kernel)
+        last = torch.cat([sums.reshape(self.groups, -1), count.expand(self.groups, 1)], 1)
+        with_row = torch.cat([moment, last[:, None, :-1]], 1)
+        return _without_one(torch.cat([with_row, last.unsqueeze(-1)], 2))
+
+    def _from_chunks(self, weights: Tensor | None) -> Tensor:
+        """Laying windows out, a chunk of examples at a time."""
         C, kernel = self.prepared.shape[1] // self.groups, math.prod(self.cut.kernel)
         d = kernel * C
         moment = self.prepared.new_zeros(self.groups, d + self.bias, d + self.bias)
