@@ -357,7 +357,9 @@ class Planner:
             return True
         # Worse by more than it promised to be better.
         raised = max(self.settings.damping, self.settings.inverse_damping) * 10
-        self.settings = replace(self.settings, damping=raised, inverse_damping=raised)
+        damping = self.settings.damping * 10 if self.options.refine else raised
+        raised = self.settings.inverse_damping if self.options.refine else raised
+        self.settings = replace(self.settings, damping=damping, inverse_damping=raised)
         self.curvature.refresh(self.curvature.factors, raised)
         self.undone += 1
         return False
