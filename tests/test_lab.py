@@ -15,6 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import kronewton as kn
 from kronewton.errors import DataError, OptionError, StateError
 from kronewton.lab import checkpoint, contest, files, plots, reports, rivals
 from kronewton.lab.images import read_images
@@ -69,6 +70,51 @@ def test_floor_is_the_least_squares_loss(name: str) -> None:
     x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
     normal = torch.linalg.solve(x.T @ x, x.T @ y)
     assert problem.floor == pytest.approx(float((x @ normal - y).square().mean()), rel=1e-9)
+
+
+def test_floor_of_the_deconvolution_is_the_least_squares_loss_over_kernels() -> None:
+    problem = find_task("circular-deconvolution").build(0, CPU)
+    x, y = problem.train.x, problem.train.y
+    names, shapes = zip(*((n, p.shape) for n, p in problem.model.named_parameters()), strict=True)
+    columns = []
+    for unit in torch.eye(228, dtype=torch.float64):  # the model is linear in its parameters
+        parts = unit.split([math.prod(shape) for shape in shapes])
+        kernel = {n: p.view(s) for n, p, s in zip(names, parts, shapes, strict=True)}
+        columns.append(torch.func.functional_call(problem.model, kernel, (x,)).flatten())
+    design = torch.stack(columns, 1)
+    gram = design.T @ design
+    normal = torch.linalg.solve(gram, design.T @ y.flatten())
+    floor = float((design @ normal - y.flatten()).square().mean())
+    assert problem.floor == pytest.approx(floor, rel=1e-9)
+    assert torch.linalg.cond(gram) > 1e4  # on purpose
+
+
+CONVOLUTIONS = ("digits-cnn", "digits-conv-autoencoder", "circular-deconvolution")
+
+
+@pytest.mark.parametrize("rival", ["adamw", "soap"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_train(name: str, rival: str) -> None:
+    records = list(train(begin(name, rival), Budget(20, every=20)))
+    assert records[-1].train_loss < records[0].train_loss  # type: ignore[operator]
+    assert records[-1].test_loss < 1.5 * (records[0].test_loss or 0.0)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution_models_are_small_and_listed_whole(name: str) -> None:
+    run = begin(name, "kfac")
+    assert isinstance(run.optimizer, kn.KFAC)
+    kernels = sum(row.numel for row in run.optimizer.coverage().rows)
+    assert kernels == sum(p.numel() for p in run.problem.model.parameters()) < 20_000
+
+
+def test_errors_are_per_image_and_per_location() -> None:
+    for name, parts in (("digits-conv-autoencoder", (1, 2, 3)), ("circular-deconvolution", (1,))):
+        task, problem = find_task(name), find_task(name).build(0, CPU)
+        output, y = problem.model(problem.train.x), problem.train.y
+        error = (output - y).square().sum(parts).mean()
+        loss = problem.criterion(output, y)
+        assert task.shown(loss.item()) == pytest.approx(error.item(), rel=1e-5)
 
 
 def test_unknown_task_is_named_with_the_known_ones() -> None:

@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 
 import kronewton as kn
 from kronewton.errors import OptionError
+from kronewton.lab.problems import Examples, Problem
 from kronewton.lab.rivals import Rival, Setting
-from kronewton.lab.tasks import Examples, Problem, Task
+from kronewton.lab.tasks import Task
 
 Key = TypeVar("Key", bound=Hashable)
 # What an optimizer raises on numbers that have gone: the run has diverged, the program is well.
