@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +21,7 @@ try:
     import typer
 
     from kronewton.lab import bench, contest, display, plots, reports, session, verify
+    from kronewton.lab.entries import Entry, read_entries
     from kronewton.lab.files import write_json
     from kronewton.lab.rivals import RIVALS, Rival, Setting, available, describe, find_rival
     from kronewton.lab.tasks import TASKS, Options, Task, find_task
@@ -133,13 +134,26 @@ def train_command(
 @app.command("compare")
 def compare_command(
     task: TaskName,
-    rivals: Annotated[str | None, typer.Option(help="Names with commas; default: all.")] = None,
+    rivals: Annotated[
+        str | None,
+        typer.Option(
+            help="Names with commas, a rival's own steps after a colon: kfac:100,adam:3000. "
+            "Default: all."
+        ),
+    ] = None,
     seeds: Seeds = 3,
     steps: Steps = None,
     seconds: Annotated[
         float | None, typer.Option(help="Length of a run, instead of steps.")
     ] = None,
-    target: Annotated[float | None, typer.Option(help="Training loss to reach.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOSS|auto",
+            help="Training loss to reach; the task has a default. "
+            "auto: what K-FAC's best tuned rival ends with, rounded up to two digits.",
+        ),
+    ] = None,
     grid_budget: Annotated[int, typer.Option(min=1, help="Settings that each may try.")] = 12,
     batch_size: Batch = None,
     data: Data = None,
@@ -152,15 +166,18 @@ def compare_command(
 ) -> None:
     """Tune every rival over a grid of the same size, then race them in turn on several seeds."""
     chosen = find_task(task, Options(batch_size, data, small, examples))
+    entries = _entries(rivals)
     plan = contest.Plan(
         task=chosen,
-        rivals=_rivals(rivals),
+        rivals=tuple(entry.rival for entry in entries),
         seeds=tuple(range(seed, seed + seeds)),
         budget=_budget(chosen, steps, seconds),
         target=_target(chosen, target),
         grid=grid_budget,
         device=_device(device),
+        budgets={e.rival.name: _budget(chosen, e.steps, seconds) for e in entries if e.steps},
     )
+    contest.check_target(plan)
     _check_files(out, json)
     _compare(plan, out, json)
 
@@ -249,21 +266,30 @@ def _compare(plan: contest.Plan, out: Path | None, json: Path | None) -> None:
     """Tune, race, and report what was run, all of it or up to Ctrl-C."""
     tuned: contest.Board = {}
     raced: contest.Board = {}
-    phases = (
-        ("tuning", len(contest.tuning_lanes(plan)), contest.tune_(plan, tuned)),
-        ("racing", len(plan.rivals) * len(plan.seeds), contest.race_(plan, tuned, raced)),
-    )
     with session.ctrl_c() as pressed:
-        for label, lanes, steps in phases:
-            if lanes == 0 or pressed():
-                continue
-            with display.lane_bar(label, plan, lanes) as show:
-                for lane in takewhile(lambda _: not pressed(), steps):
-                    show(lane)
+        _advance("tuning", plan, contest.tuning_lanes(plan), contest.tune_(plan, tuned), pressed)
+        if not pressed():
+            plan = contest.with_target(plan, tuned)
+            lanes = contest.racing_lanes(plan, tuned)
+            _advance("racing", plan, lanes, contest.race_(plan, tuned, raced), pressed)
         interrupted = pressed()
     _report(reports.summarise(plan, tuned, raced, interrupted), plan, raced, out, json)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+def _advance(
+    label: str,
+    plan: contest.Plan,
+    lanes: Sequence[contest.Lane],
+    turns: Iterator[contest.Lane],
+    pressed: Callable[[], bool],
+) -> None:
+    """Take the lanes' steps under a bar, up to Ctrl-C."""
+    if lanes:
+        with display.lane_bar(label, plan, lanes) as show:
+            for lane in takewhile(lambda _: not pressed(), turns):
+                show(lane)
 
 
 def _report(
@@ -298,15 +324,22 @@ def _budget(task: Task, steps: int | None, seconds: float | None) -> Budget:
         return Budget(length, every=max(1, length // EVALUATIONS))
     if not (math.isfinite(seconds) and seconds > 0):
         raise OptionError(f"--seconds must be a positive number, not {seconds:g}.")
-    return Budget(steps or UNLIMITED, seconds, every=max(1, task.steps // EVALUATIONS))
+    every = max(1, (steps or task.steps) // EVALUATIONS)
+    return Budget(steps or UNLIMITED, seconds, every)
 
 
-def _target(task: Task, target: float | None) -> float:
+def _target(task: Task, target: str | None) -> float:
     if target is None:
         return task.target
-    if not math.isfinite(target):
-        raise OptionError(f"--target must be a number, not {target:g}.")
-    return target
+    if target == "auto":
+        return contest.BY_TUNING
+    try:
+        number = float(target)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise OptionError(f"--target must be a number or auto, not {target}.")
+    return number
 
 
 def _setting(task: Task, rival: Rival, lr: float | None) -> Setting:
@@ -319,17 +352,15 @@ def _setting(task: Task, rival: Rival, lr: float | None) -> Setting:
     return {**first, "lr": lr}
 
 
-def _rivals(names: str | None) -> tuple[Rival, ...]:
-    if names is None:
+def _entries(text: str | None) -> tuple[Entry, ...]:
+    if text is None:
         left_out = [RIVALS[name].label for name in RIVALS if name not in available()]
         if left_out:
             print(
                 f"Without {', '.join(left_out)}: pip install 'kronewton[bench]' adds them.",
                 file=sys.stderr,
             )
-        return tuple(find_rival(name) for name in available())
-    chosen = dict.fromkeys(name.strip() for name in names.split(","))
-    return tuple(find_rival(name) for name in chosen)
+    return read_entries(text)
 
 
 def _device(name: str) -> torch.device:

@@ -14,11 +14,12 @@ matplotlib.use("Agg")  # before pyplot: no window, whatever the machine
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from kronewton.errors import DataError
 from kronewton.lab.bench import StepCost
 from kronewton.lab.contest import Board, Plan
-from kronewton.lab.rivals import find_rival
+from kronewton.lab.rivals import KFAC, Rival, find_rival
 from kronewton.lab.tasks import Task
 from kronewton.lab.training import Record
 
@@ -35,33 +36,17 @@ COLOURS = {
 }
 INK = "#333333"
 LEAST = 1e-16  # what a log axis shows of a loss at its floor
+PLAIN = 500  # up to this ratio of losses, an axis has their numbers without exponents
+LONG = 5  # from this ratio of lengths on, steps are on a log axis
+Point = tuple[int, float, float, float, float]
 
 
 def contest_plot(plan: Plan, raced: Board, path: Path) -> None:
     """Training loss of every rival against steps and against seconds, medians and ranges."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
-    for rival in plan.rivals:
-        runs = [rs for lane, rs in raced.items() if lane.rival == rival.name]
-        points = _median_curve([[r for r in rs if r.train_loss is not None] for rs in runs])
-        if points:
-            _draw(axes, points, rival.name, rival.label)
-    for ax in axes:
-        _dress(ax)
-        ax.axhline(plan.target, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-    axes[0].annotate(
-        f"target {plan.target:g}",
-        (0, plan.target),
-        xycoords=("axes fraction", "data"),
-        xytext=(4, -10),
-        textcoords="offset points",
-        fontsize=8,
-        color=INK,
-    )
-    axes[0].set(xlabel="steps", ylabel=f"training loss ({plan.task.unit})", xlim=(0, None))
-    axes[1].set(xlabel="seconds of training", xlim=(0, _seconds_shown(plan, raced)))
+    _race(axes, plan, raced)
     axes[1].legend(frameon=False, fontsize=9, loc="upper right")
-    seeds = f"median and range of {len(plan.seeds)} seeds" if len(plan.seeds) > 1 else "one seed"
-    _title(figure, plan.task, f"each rival at its best setting, {seeds}")
+    _title(figure, plan.task, f"each rival at its best setting, {_seeds(plan)}")
     _save(figure, path)
 
 
@@ -103,9 +88,51 @@ def cost_plot(costs: Sequence[StepCost], path: Path) -> None:
     _save(figure, path)
 
 
-def _median_curve(
-    runs: Sequence[Sequence[Record]],
-) -> list[tuple[int, float, float, float, float]]:
+def _race(axes: Sequence[Axes], plan: Plan, raced: Board) -> None:
+    """Training loss against steps and against seconds, with the target across both."""
+    ends = []
+    for rival in plan.rivals:
+        runs = [rs for lane, rs in raced.items() if lane.rival == rival.name]
+        points = _median_curve([[r for r in rs if r.train_loss is not None] for rs in runs])
+        if not points:
+            continue
+        _draw(axes, points, rival)
+        if not plan.equal:
+            _mark_end(axes, points, rival)
+        if not any(rs and rs[-1].diverged for rs in runs):
+            ends.append(points[-1][0])
+    for ax in axes:
+        _dress(ax)
+        ax.axhline(plan.target, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    axes[0].annotate(
+        f"target {plan.target:g}",
+        (0, plan.target),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, -10),
+        textcoords="offset points",
+        fontsize=8,
+        color=INK,
+    )
+    axes[0].set(xlabel="steps", ylabel=f"training loss ({plan.task.unit})")
+    _span_steps(axes[0], ends)
+    axes[1].set(xlabel="seconds of training", xlim=(0, _seconds_shown(plan, raced)))
+
+
+def _span_steps(ax: Axes, ends: Sequence[int]) -> None:
+    """A log axis where the shortest run would be a stroke at the edge of the longest."""
+    if ends and max(ends) > LONG * min(ends):
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set_xlim(1, None)
+    else:
+        ax.set_xlim(0, None)
+
+
+def _seeds(plan: Plan) -> str:
+    return f"median and range of {len(plan.seeds)} seeds" if len(plan.seeds) > 1 else "one seed"
+
+
+def _median_curve(runs: Sequence[Sequence[Record]]) -> list[Point]:
     """(step, median seconds, median, least, greatest loss) where every run was evaluated."""
     points = []
     for rows in zip(*runs, strict=False):
@@ -118,21 +145,41 @@ def _median_curve(
 
 def _draw(
     axes: Sequence[Axes],
-    points: list[tuple[int, float, float, float, float]],
-    name: str,
-    label: str,
+    points: Sequence[Point],
+    rival: Rival,
 ) -> None:
     steps, seconds, middle, low, high = zip(*points, strict=True)
-    front = name == "kfac"
+    front = rival.name == KFAC
     for ax, x in zip(axes, (steps, seconds), strict=True):
-        ax.fill_between(x, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
+        ax.fill_between(x, low, high, color=COLOURS[rival.name], alpha=0.15, linewidth=0)
         ax.plot(
             x,
             middle,
-            color=COLOURS[name],
+            color=COLOURS[rival.name],
             linewidth=2.8 if front else 1.5,
             zorder=5 if front else 3,
-            label=label,
+            label=rival.label,
+        )
+
+
+def _mark_end(axes: Sequence[Axes], points: Sequence[Point], rival: Rival) -> None:
+    """A dot where a run ends before the others', with what it came to."""
+    step, seconds, loss, *_ = points[-1]
+    colour = COLOURS[rival.name]
+    said = (f"{rival.label}, {step} steps: {loss:.2g}", f"{seconds:.2g} s")
+    for ax, x, text in zip(axes, (step, seconds), said, strict=True):
+        ax.plot(x, loss, "o", color=colour, markersize=6, zorder=6)
+        ax.annotate(
+            text,
+            (x, loss),
+            xytext=(0, -8),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=8,
+            color=colour,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
+            zorder=6,
         )
 
 
@@ -146,21 +193,31 @@ def _choices(ax: Axes, records: Sequence[Record]) -> None:
 
 
 def _seconds_shown(plan: Plan, raced: Board) -> float:
-    """Where the clock's axis ends: slower rivals run out of the picture, not the others into it."""
+    """Where the clock's axis ends: slower rivals run out of the picture, not the others into it.
+
+    Unless their lengths were chosen: then every run is seen to its end.
+    """
     ends = [
         median(rs[-1].seconds for lane, rs in raced.items() if lane.rival == rival.name and rs)
         for rival in plan.rivals
         if any(rs for lane, rs in raced.items() if lane.rival == rival.name)
     ]
-    return min(max(ends), 3 * median(ends)) if ends else 1.0
+    if not ends:
+        return 1.0
+    return min(max(ends), 3 * median(ends)) if plan.equal else 1.03 * max(ends)
 
 
 def _dress(ax: Axes) -> None:
     ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    if high < PLAIN * low:  # 2 and 5 instead of 2 × 10⁰ and 5 × 10⁰
+        ax.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}")
     ax.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color("#999999")
-    ax.tick_params(colors=INK, labelsize=9)
+    ax.tick_params(which="both", colors=INK, labelsize=9)
 
 
 def _title(figure: Figure, task: Task, below: str) -> None:

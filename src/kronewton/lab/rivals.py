@@ -26,6 +26,7 @@ except ImportError:
     extra = None
 
 Setting = Mapping[str, float]
+KFAC = "kfac"
 
 
 @dataclass(frozen=True)
