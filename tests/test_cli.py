@@ -228,6 +228,7 @@ BAD = {
     "negative rate": ("train digits-mlp --optimizer sgd --lr -1", "--lr must be a number"),
     "rate of nan": ("train digits-mlp --lr nan", "--lr must be a number"),
     "no time": ("compare digits-mlp --seconds 0", "--seconds must be a positive number"),
+    "no dial": ("compare digits-mlp --refine 0,-1", "--refine must be whole numbers"),
     "no length": ("compare digits-mlp --rivals sgd:long", "'sgd:long'; after the colon"),
     "target of words": ("compare digits-mlp --target low", "must be a number or auto, not low"),
     "no target": ("compare digits-mlp --rivals kfac --target auto", "none is tuned here"),

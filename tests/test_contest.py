@@ -161,16 +161,24 @@ def test_automatic_target_is_what_tuning_ends_with_rounded_up(lowest: float, tar
 def test_automatic_target_needs_a_rival_that_is_tuned_and_ends() -> None:
     made = replace(plan(names=("kfac",)), target=contest.BY_TUNING)
     with pytest.raises(OptionError, match=r"none is tuned here: name one in --rivals"):
-        contest.check_target(made)
+        contest.check(made)
     with pytest.raises(OptionError, match=r"--grid-budget of 2 or more"):
-        contest.check_target(replace(plan(), target=contest.BY_TUNING, grid=1))
-    contest.check_target(replace(plan(), target=contest.BY_TUNING))
-    contest.check_target(plan(names=("kfac",)))
+        contest.check(replace(plan(), target=contest.BY_TUNING, grid=1))
+    contest.check(replace(plan(), target=contest.BY_TUNING))
+    contest.check(plan(names=("kfac",)))
     broken = [Record(1, 0.1, math.nan, diverged=True)]
     with pytest.raises(OptionError, match="every tuned run diverged; give a number"):
         contest.with_target(
             replace(plan(), target=contest.BY_TUNING), {contest.Lane("sgd", 0, 0): broken}
         )
+
+
+def test_what_refuses_does_so_before_the_tuning() -> None:
+    made = plan(replace(find_task("digits-mlp"), batch_size=1438), names=("sgd", "kfac"))
+    with pytest.raises(OptionError, match="batch of 1438"):
+        contest.check(made)
+    runs = contest.check(plan())
+    assert [run.rival.name for run in runs] == ["kfac", "sgd", "adamw"]
 
 
 def test_entries_are_rivals_with_lengths() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import math
 import struct
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 
 import kronewton as kn
 from kronewton.errors import DataError, OptionError, StateError
-from kronewton.lab import checkpoint, files, rivals
+from kronewton.lab import checkpoint, files, rivals, session
 from kronewton.lab.images import read_images
 from kronewton.lab.rivals import RIVALS, find_rival
 from kronewton.lab.tasks import TASKS, Options, find_task
@@ -300,6 +302,15 @@ def test_interleaved_runs_take_turns() -> None:
     turns = {"a": 2, "b": 1}
     order = [key for key, _ in interleave({"a": iter(records), "b": iter(records[:3])}, turns)]
     assert order == ["a", "a", "b", "a", "a", "b", "a", "b"]
+
+
+def test_parameters_without_curvature_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert session.uncovered(begin(rival="kfac")) is None
+    assert session.uncovered(begin(rival="sgd")) is None
+    row = begin(rival="kfac").optimizer.coverage().rows[0]  # type: ignore[attr-defined]
+    rows = (row, replace(row, parameter="1.weight", why="no kind covers it"))
+    monkeypatch.setattr(kn.KFAC, "coverage", lambda _: SimpleNamespace(rows=rows))
+    assert "no curvature for 1.weight: see" in (session.uncovered(begin(rival="kfac")) or "")
 
 
 # checkpoints

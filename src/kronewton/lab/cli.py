@@ -20,12 +20,12 @@ from kronewton.errors import DataError, KronewtonError, OptionError
 try:
     import typer
 
-    from kronewton.lab import bench, contest, display, plots, reports, session, verify
+    from kronewton.lab import bench, contest, dial, display, plots, reports, session, verify
     from kronewton.lab.entries import Entry, read_entries
     from kronewton.lab.files import write_json
     from kronewton.lab.rivals import RIVALS, Rival, Setting, available, describe, find_rival
     from kronewton.lab.tasks import TASKS, Options, Task, find_task
-    from kronewton.lab.training import Budget, start, train
+    from kronewton.lab.training import Budget, Run, start, train
 except ModuleNotFoundError as missing:
     raise SystemExit(
         f"The command line needs the package {missing.name}, which is not installed; "
@@ -123,6 +123,7 @@ def train_command(
         outcome = session.train_(run, budget, out, records, show)
     print(f"{rival.label} on {chosen.described()}")
     display.output().print(session.summary(run, outcome))
+    _say_uncovered([run])
     _write(json, {"task": chosen.described(), "unit": chosen.unit, "optimizer": rival.name,
                   "setting": run.setting, "seed": seed, "records": outcome.records})  # fmt: skip
     if outcome.interrupted:
@@ -146,6 +147,10 @@ def compare_command(
     seconds: Annotated[
         float | None, typer.Option(help="Length of a run, instead of steps.")
     ] = None,
+    refine: Annotated[
+        str | None,
+        typer.Option(help="The dial: K-FAC at each of these settings of refine, as in 0,1,2,4,8."),
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -166,7 +171,7 @@ def compare_command(
 ) -> None:
     """Tune every rival over a grid of the same size, then race them in turn on several seeds."""
     chosen = find_task(task, Options(batch_size, data, small, examples))
-    entries = _entries(rivals)
+    entries = _entries(rivals) if refine is None else _dial(rivals, refine)
     plan = contest.Plan(
         task=chosen,
         rivals=tuple(entry.rival for entry in entries),
@@ -177,8 +182,8 @@ def compare_command(
         device=_device(device),
         budgets={e.rival.name: _budget(chosen, e.steps, seconds) for e in entries if e.steps},
     )
-    contest.check_target(plan)
     _check_files(out, json)
+    _say_uncovered(contest.check(plan))
     _compare(plan, out, json)
 
 
@@ -303,15 +308,22 @@ def _report(
         print("Stopped before the race: there is nothing to compare yet.")
         return
     print(report.task)
-    display.output().print(reports.contest_tables(report))
+    found = dial.notches(plan, report, raced)
+    table = dial.dial_table(report, found) if found else reports.contest_tables(report)
+    display.output().print(table)
     document = {"report": report, "grids": _grids(plan), "curves": reports.curves(raced)}
+    document |= {"dial": found} if found else {}
     _write(json, document)
     if out is not None:
-        picture = out / f"{plan.task.name}.png"
-        plots.contest_plot(plan, raced, picture)
-        _write(out / f"{plan.task.name}.json", document)
+        stem = f"{plan.task.name}-dial" if found else plan.task.name
+        picture = out / f"{stem}.png"
+        if found:
+            plots.dial_plot(plan, raced, found, dial.others(report, found), picture)
+        else:
+            plots.contest_plot(plan, raced, picture)
+        _write(out / f"{stem}.json", document)
         print(f"Picture: {picture}")
-    print(reports.verdict(report))
+    print(dial.dial_verdict(report, found) if found else reports.verdict(report))
 
 
 def _grids(plan: contest.Plan) -> dict[str, list[str]]:
@@ -361,6 +373,17 @@ def _entries(text: str | None) -> tuple[Entry, ...]:
                 file=sys.stderr,
             )
     return read_entries(text)
+
+
+def _dial(rivals: str | None, refine: str) -> tuple[Entry, ...]:
+    """K-FAC at each setting of the dial, alone unless rivals are named."""
+    return dial.with_dial(() if rivals is None else read_entries(rivals), dial.read_dial(refine))
+
+
+def _say_uncovered(runs: Sequence[Run]) -> None:
+    said = next(filter(None, map(session.uncovered, runs)), None)
+    if said is not None:
+        print(said)
 
 
 def _device(name: str) -> torch.device:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from kronewton.errors import OptionError
-from kronewton.lab.rivals import KFAC, Rival, Setting
+from kronewton.lab.rivals import KFAC, Rival, Setting, family
 from kronewton.lab.tasks import Task
-from kronewton.lab.training import Budget, Record, interleave, start, train
+from kronewton.lab.training import Budget, Record, Run, interleave, start, train
 
 WARM_UP = 3
 CHUNK = 10  # steps that the shortest run takes before the next one's turn
@@ -86,13 +86,23 @@ def best_setting(plan: Plan, rival: Rival, tuned: Board) -> int:
     return min(lanes, key=merit).setting if lanes else 0
 
 
-def check_target(plan: Plan) -> None:
-    """Raises OptionError if tuning is to find the target and no rival of K-FAC's is tuned."""
-    if plan.target == BY_TUNING and not any(lane.rival != KFAC for lane in tuning_lanes(plan)):
+def check(plan: Plan) -> list[Run]:
+    """Start every rival once, so that what refuses does so before the tuning and not after it.
+
+    Returns the runs, none of which has made a step.
+    Raises OptionError if tuning is to find the target and no rival of K-FAC's is tuned.
+    """
+    runs = [
+        start(plan.task, rival, plan.settings(rival)[0], plan.seeds[0], plan.device)
+        for rival in plan.rivals
+    ]
+    lanes = tuning_lanes(plan)
+    if plan.target == BY_TUNING and all(family(lane.rival) == KFAC for lane in lanes):
         raise OptionError(
             "--target auto is the loss at which the best tuned rival of K-FAC's ends, and none is "
             "tuned here: name one in --rivals with a --grid-budget of 2 or more, or give a number."
         )
+    return runs
 
 
 def with_target(plan: Plan, tuned: Board) -> Plan:
@@ -103,7 +113,7 @@ def with_target(plan: Plan, tuned: Board) -> Plan:
     """
     if plan.target != BY_TUNING:
         return plan
-    lowest = min(final_loss(records) for lane, records in tuned.items() if lane.rival != KFAC)
+    lowest = min(final_loss(rs) for lane, rs in tuned.items() if family(lane.rival) != KFAC)
     if math.isinf(lowest):
         raise OptionError("--target auto found no loss: every tuned run diverged; give a number.")
     return replace(plan, target=_rounded_up(lowest))

@@ -144,10 +144,10 @@ def _with_ratios(lines: list[Line]) -> list[Line]:
 def contest_tables(report: Report) -> Group:
     """How soon each rival got there, and how it stood at the end; K-FAC in bold."""
     name = report.task.split(":")[0]
-    soon = _table(f"{name}: to a training loss of {report.target:g}")
+    soon = framed(f"{name}: to a training loss of {report.target:g}")
     for head in ("optimizer", "best setting", "steps", "×", "seconds", "×"):
         soon.add_column(head, justify="left" if head in ("optimizer", "best setting") else "right")
-    end = _table(f"{name}: at the end of {_limit(report)}")
+    end = framed(f"{name}: at the end of {limit(report)}")
     heads = ["optimizer", "steps", "seconds", "training loss", "lowest\nin grid", "test\nloss"]
     for head in heads + ([report.metric] if report.metric else []):
         end.add_column(head, justify="left" if head == "optimizer" else "right")
@@ -158,7 +158,7 @@ def contest_tables(report: Report) -> Group:
     return Group(soon, end, Text(_conditions(report)))
 
 
-def _table(title: str) -> Table:
+def framed(title: str) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
 
 
@@ -166,26 +166,34 @@ def _soon(line: Line) -> list[str]:
     return [
         line.label,
         line.setting,
-        _range(line.steps, lambda value: "never" if math.isinf(value) else f"{value:.0f}"),
+        steps_to_target(line),
         _ratio(line.step_ratio),
-        _range(line.seconds, lambda value: "never" if math.isinf(value) else _figure(value)),
+        seconds_to_target(line),
         _ratio(line.second_ratio),
     ]
+
+
+def steps_to_target(line: Line) -> str:
+    return _range(line.steps, lambda value: "never" if math.isinf(value) else f"{value:.0f}")
+
+
+def seconds_to_target(line: Line) -> str:
+    return _range(line.seconds, lambda value: "never" if math.isinf(value) else figure(value))
 
 
 def _end(line: Line) -> list[str]:
     cells = [
         line.label,
         f"{line.last_step:.0f}",
-        _figure(line.last_seconds),
-        _range(line.final, _number),
-        _number(line.lowest_in_grid),
-        _number(line.test),
+        figure(line.last_seconds),
+        _range(line.final, number),
+        number(line.lowest_in_grid),
+        number(line.test),
     ]
     return cells + ([] if line.metric is None else [f"{100 * line.metric:.1f} %"])
 
 
-def _limit(report: Report) -> str:
+def limit(report: Report) -> str:
     if report.interrupted:
         return "what was run before Ctrl-C"
     if math.isfinite(report.seconds):
@@ -196,16 +204,28 @@ def _limit(report: Report) -> str:
 
 
 def _conditions(report: Report) -> str:
-    tried = max(line.tried for line in report.lines)
-    settings = (
-        f"the best of {tried} settings on seed {report.seeds[0]}, by the fewest steps or else"
-    )
     return (
-        f"Losses are {report.unit}. Median [range] over seeds {', '.join(map(str, report.seeds))}. "
-        f"Each rival's setting is {settings} by the lowest loss. ×: as a multiple of K-FAC's. "
-        f"Seconds are of training alone, {report.device}, "
-        f"{report.threads} thread{'s' if report.threads > 1 else ''}."
+        f"{seeds_said(report)} {tuning_said(report)} ×: as a multiple of K-FAC's. "
+        f"{clock_said(report)}"
     )
+
+
+def seeds_said(report: Report) -> str:
+    seeds = ", ".join(map(str, report.seeds))
+    return f"Losses are {report.unit}. Median [range] over seeds {seeds}."
+
+
+def tuning_said(report: Report) -> str:
+    tried = max(line.tried for line in report.lines)
+    return (
+        f"Each rival's setting is the best of {tried} settings on seed {report.seeds[0]}, by the "
+        "fewest steps or else by the lowest loss."
+    )
+
+
+def clock_said(report: Report) -> str:
+    threads = f"{report.threads} thread{'s' if report.threads > 1 else ''}"
+    return f"Seconds are of training alone, {report.device}, {threads}."
 
 
 def _range(spread: Spread, show: Callable[[float], str]) -> str:
@@ -219,11 +239,11 @@ def _ratio(value: float | None) -> str:
     return "–" if value is None or math.isinf(value) else f"{value:.2f}"
 
 
-def _number(value: float) -> str:
-    return _figure(value) if math.isfinite(value) else "diverged"
+def number(value: float) -> str:
+    return figure(value) if math.isfinite(value) else "diverged"
 
 
-def _figure(value: float) -> str:
+def figure(value: float) -> str:
     """Two digits, or all before the point: 236, not 2.4e+02."""
     return f"{value:.0f}" if 100 <= abs(value) < 1e5 else f"{value:.2g}"
 
@@ -241,12 +261,12 @@ def verdict(report: Report) -> str:
     if math.isinf(kfac.steps.median):
         who = ", ".join(line.label for line in done) or "none"
         return (
-            f"On {name}, K-FAC does not reach {goal} (it ends at {_number(kfac.final.median)}); "
+            f"On {name}, K-FAC does not reach {goal} (it ends at {number(kfac.final.median)}); "
             f"those that do: {who}."
         )
     opening = (
         f"On {name}, K-FAC with nothing set reaches {goal} in {kfac.steps.median:.0f} steps and "
-        f"{_figure(kfac.seconds.median)} s ({_seeds(kfac.seeds)})"
+        f"{figure(kfac.seconds.median)} s ({_seeds(kfac.seeds)})"
     )
     if not done:
         return f"{opening}{_also_ran(kfac, others)}."
@@ -262,7 +282,7 @@ def _also_ran(kfac: Line, others: Sequence[Line]) -> str:
     after = "" if best.length == kfac.length else f" after {best.last_step:.0f} steps"
     return (
         f"; of {len(others)} tuned rivals none does, and the lowest, {best.label}, ends at "
-        f"{_number(best.final.median)}{after}"
+        f"{number(best.final.median)}{after}"
     )
 
 
