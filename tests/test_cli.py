@@ -118,6 +118,20 @@ def test_compare_prints_tables_and_a_verdict(
     assert len(report["curves"]) == 4
 
 
+def test_compare_rivals_of_different_lengths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--rivals", "kfac:10,adam:120", "--seeds", 1, "--grid-budget", 2]
+    assert run("compare", "digits-mlp", *options, "--target", "auto", "--out", tmp_path) == 0
+    assert "at the end of 10 to 120 steps" in capsys.readouterr().out
+    document = json.loads((tmp_path / "digits-mlp.json").read_text())
+    ends = {curve["rival"]: curve["records"][-1]["step"] for curve in document["curves"]}
+    assert ends == {"kfac": 10, "adam": 120}
+    (adam,) = [line for line in document["report"]["lines"] if line["rival"] == "adam"]
+    assert adam["reached"] == 1  # the target is what it ended with
+    assert adam["final"]["median"] <= document["report"]["target"]
+
+
 @pytest.mark.parametrize(
     ("after", "said"), [(5, "nothing to compare yet"), (60, "what was run before Ctrl-C")]
 )
@@ -214,6 +228,10 @@ BAD = {
     "negative rate": ("train digits-mlp --optimizer sgd --lr -1", "--lr must be a number"),
     "rate of nan": ("train digits-mlp --lr nan", "--lr must be a number"),
     "no time": ("compare digits-mlp --seconds 0", "--seconds must be a positive number"),
+    "no dial": ("compare digits-mlp --refine 0,-1", "--refine must be whole numbers"),
+    "no length": ("compare digits-mlp --rivals sgd:long", "'sgd:long'; after the colon"),
+    "target of words": ("compare digits-mlp --target low", "must be a number or auto, not low"),
+    "no target": ("compare digits-mlp --rivals kfac --target auto", "none is tuned here"),
     "target of nan": ("compare digits-mlp --target nan", "--target must be a number"),
     "resume nothing": ("train digits-mlp --resume", "--resume needs --out DIR"),
     "json nowhere": ("train digits-mlp --json no/where.json", "--json no/where.json can't be"),

@@ -1,25 +1,24 @@
-"""The lab's parts: tasks, data files, rivals, the loop, checkpoints, the verdict."""
+"""The lab's parts: tasks, data files, rivals, the loop, checkpoints."""
 
 from __future__ import annotations
 
 import gzip
-import json
 import math
-import re
 import struct
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
+import kronewton as kn
 from kronewton.errors import DataError, OptionError, StateError
-from kronewton.lab import checkpoint, contest, files, plots, reports, rivals
+from kronewton.lab import checkpoint, files, rivals, session
 from kronewton.lab.images import read_images
 from kronewton.lab.rivals import RIVALS, find_rival
-from kronewton.lab.tasks import TASKS, Options, Task, find_task
+from kronewton.lab.tasks import TASKS, Options, find_task
 from kronewton.lab.training import Budget, Record, Run, interleave, start, train
 
 torch.set_num_threads(1)  # the models are tiny, and tests run side by side
@@ -69,6 +68,51 @@ def test_floor_is_the_least_squares_loss(name: str) -> None:
     x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
     normal = torch.linalg.solve(x.T @ x, x.T @ y)
     assert problem.floor == pytest.approx(float((x @ normal - y).square().mean()), rel=1e-9)
+
+
+def test_floor_of_the_deconvolution_is_the_least_squares_loss_over_kernels() -> None:
+    problem = find_task("circular-deconvolution").build(0, CPU)
+    x, y = problem.train.x, problem.train.y
+    names, shapes = zip(*((n, p.shape) for n, p in problem.model.named_parameters()), strict=True)
+    columns = []
+    for unit in torch.eye(228, dtype=torch.float64):  # the model is linear in its parameters
+        parts = unit.split([math.prod(shape) for shape in shapes])
+        kernel = {n: p.view(s) for n, p, s in zip(names, parts, shapes, strict=True)}
+        columns.append(torch.func.functional_call(problem.model, kernel, (x,)).flatten())
+    design = torch.stack(columns, 1)
+    gram = design.T @ design
+    normal = torch.linalg.solve(gram, design.T @ y.flatten())
+    floor = float((design @ normal - y.flatten()).square().mean())
+    assert problem.floor == pytest.approx(floor, rel=1e-9)
+    assert torch.linalg.cond(gram) > 1e4  # on purpose
+
+
+CONVOLUTIONS = ("digits-cnn", "digits-conv-autoencoder", "circular-deconvolution")
+
+
+@pytest.mark.parametrize("rival", ["adamw", "soap"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_train(name: str, rival: str) -> None:
+    records = list(train(begin(name, rival), Budget(20, every=20)))
+    assert records[-1].train_loss < records[0].train_loss  # type: ignore[operator]
+    assert records[-1].test_loss < 1.5 * (records[0].test_loss or 0.0)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution_models_are_small_and_listed_whole(name: str) -> None:
+    run = begin(name, "kfac")
+    assert isinstance(run.optimizer, kn.KFAC)
+    kernels = sum(row.numel for row in run.optimizer.coverage().rows)
+    assert kernels == sum(p.numel() for p in run.problem.model.parameters()) < 20_000
+
+
+def test_errors_are_per_image_and_per_location() -> None:
+    for name, parts in (("digits-conv-autoencoder", (1, 2, 3)), ("circular-deconvolution", (1,))):
+        task, problem = find_task(name), find_task(name).build(0, CPU)
+        output, y = problem.model(problem.train.x), problem.train.y
+        error = (output - y).square().sum(parts).mean()
+        loss = problem.criterion(output, y)
+        assert task.shown(loss.item()) == pytest.approx(error.item(), rel=1e-5)
 
 
 def test_unknown_task_is_named_with_the_known_ones() -> None:
@@ -255,8 +299,18 @@ def test_loss_that_is_no_number_ends_the_run() -> None:
 
 def test_interleaved_runs_take_turns() -> None:
     records = [Record(step, 0.0, 0.0) for step in range(1, 6)]
-    order = [key for key, _ in interleave({"a": iter(records), "b": iter(records[:3])}, 2)]
-    assert order == ["a", "a", "b", "b", "a", "a", "b", "a"]
+    turns = {"a": 2, "b": 1}
+    order = [key for key, _ in interleave({"a": iter(records), "b": iter(records[:3])}, turns)]
+    assert order == ["a", "a", "b", "a", "a", "b", "a", "b"]
+
+
+def test_parameters_without_curvature_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert session.uncovered(begin(rival="kfac")) is None
+    assert session.uncovered(begin(rival="sgd")) is None
+    row = begin(rival="kfac").optimizer.coverage().rows[0]  # type: ignore[attr-defined]
+    rows = (row, replace(row, parameter="1.weight", why="no kind covers it"))
+    monkeypatch.setattr(kn.KFAC, "coverage", lambda _: SimpleNamespace(rows=rows))
+    assert "no curvature for 1.weight: see" in (session.uncovered(begin(rival="kfac")) or "")
 
 
 # checkpoints
@@ -310,101 +364,7 @@ def test_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
         checkpoint.load_(tmp_path, run)
 
 
-# contests
-
-
-def plan(
-    task: Task | None = None, names: tuple[str, ...] = ("kfac", "sgd", "adamw")
-) -> contest.Plan:
-    task = task or find_task("digits-mlp")
-    chosen = tuple(find_rival(name) for name in names)
-    return contest.Plan(task, chosen, (0, 1), Budget(20, every=5), 1.0, 2, CPU)
-
-
-def run_of(*losses: float) -> list[Record]:
-    """A record a step, a tenth of a second each."""
-    return [
-        Record(step, 0.1 * step, loss, train_loss=loss, test_loss=loss, metric=0.5)
-        for step, loss in enumerate(losses, 1)
-    ]
-
-
-def report_of(**losses: tuple[float, ...]) -> reports.Report:
-    """A report on rivals whose two seeds went alike."""
-    made = plan(names=tuple(losses))
-    raced = {contest.Lane(n, 0, seed): run_of(*ls) for n, ls in losses.items() for seed in (0, 1)}
-    return reports.summarise(made, {}, raced)
-
-
-def test_tuning_prefers_the_first_to_arrive_then_the_lowest() -> None:
-    made, sgd = plan(), find_rival("sgd")
-    tuned = {contest.Lane("sgd", 0, 0): run_of(3, 2, 1), contest.Lane("sgd", 1, 0): run_of(3, 1, 2)}
-    assert contest.best_setting(made, sgd, tuned) == 1
-    assert contest.best_setting(replace(made, target=0.1), sgd, tuned) == 0
-    broken = Record(2, 0.2, math.nan, diverged=True)
-    tuned[contest.Lane("sgd", 0, 0)] = [*run_of(0.5), broken]
-    assert contest.best_setting(replace(made, target=0.1), sgd, tuned) == 1
-
-
-def test_contest_end_to_end(tmp_path: Path) -> None:
-    made = plan()
-    tuned: contest.Board = {}
-    raced: contest.Board = {}
-    list(contest.tune_(made, tuned))
-    turns = list(contest.race_(made, tuned, raced))
-    assert {lane.rival for lane in tuned} == {"sgd", "adamw"}
-    assert len(tuned) == 4
-    assert len(raced) == 6
-    assert len(turns) == 6 * 20
-    assert turns[0] != turns[contest.CHUNK]
-    report = reports.summarise(made, tuned, raced)
-    assert {line.rival for line in report.lines} == {"kfac", "sgd", "adamw"}
-    plots.contest_plot(made, raced, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
-    files.write_json(tmp_path / "report.json", {"report": report, "curves": reports.curves(raced)})
-    document = json.loads((tmp_path / "report.json").read_text())
-    assert document["report"]["seconds"] is None  # no limit: infinity is no JSON
-    assert len(document["curves"]) == 6
-
-
-def test_ratios_are_to_kfac() -> None:
-    report = report_of(kfac=(2, 1, 1, 1), sgd=(2, 2, 2, 1))
-    slow = next(line for line in report.lines if line.rival == "sgd")
-    assert slow.steps == reports.Spread(4, 4, 4)
-    assert slow.step_ratio == pytest.approx(2)
-    assert slow.second_ratio == pytest.approx(2)
-
-
-@pytest.mark.parametrize(
-    ("losses", "said"),
-    [
-        ({"kfac": (2, 1, 1), "sgd": (2, 2, 1)}, "first by steps: SGD, the next, takes 1.5 times"),
-        ({"kfac": (2, 2, 1), "sgd": (2, 1, 1)}, "By steps it is behind: SGD takes 0.67 times"),
-        ({"kfac": (2, 1, 1), "sgd": (2, 1, 1)}, "By steps it is level with SGD"),
-        (
-            {"kfac": (2, 1, 1), "sgd": (2, 2, 2)},
-            "of 1 tuned rivals none does, and the lowest, SGD, ends at 2",
-        ),
-        ({"kfac": (2, 2, 2), "sgd": (2, 1, 1)}, r"K-FAC does not reach.*those that do: SGD"),
-        ({"kfac": (2, 2, 2), "sgd": (2, 2, 2)}, r"K-FAC does not reach.*those that do: none"),
-        ({"adamw": (2, 1, 1), "sgd": (2, 2, 1)}, "AdamW is first of 2 by steps; K-FAC did not run"),
-    ],
-)
-def test_verdict_says_what_the_numbers_say(losses: dict[str, tuple[float, ...]], said: str) -> None:
-    verdict = reports.verdict(report_of(**losses))
-    assert re.search(said, verdict), verdict
-
-
-def test_diverged_rival_stays_in_the_table() -> None:
-    made = plan(names=("kfac", "sgd"))
-    raced = {contest.Lane(name, 0, 0): run_of(2, 1) for name in ("kfac", "sgd")}
-    raced[contest.Lane("sgd", 0, 0)] = [Record(1, 0.1, math.nan, diverged=True)]
-    console = Console(width=100)
-    with console.capture() as printed:
-        console.print(reports.contest_tables(reports.summarise(made, {}, raced)))
-    (soon, end) = [line for line in printed.get().splitlines() if line.strip().startswith("SGD")]
-    assert "never" in soon
-    assert "diverged" in end
+# files
 
 
 def test_unwritable_file_is_said_in_a_sentence(tmp_path: Path) -> None:

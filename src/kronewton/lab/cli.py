@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
@@ -20,11 +20,12 @@ from kronewton.errors import DataError, KronewtonError, OptionError
 try:
     import typer
 
-    from kronewton.lab import bench, contest, display, plots, reports, session, verify
+    from kronewton.lab import bench, contest, dial, display, plots, reports, session, verify
+    from kronewton.lab.entries import Entry, read_entries
     from kronewton.lab.files import write_json
     from kronewton.lab.rivals import RIVALS, Rival, Setting, available, describe, find_rival
     from kronewton.lab.tasks import TASKS, Options, Task, find_task
-    from kronewton.lab.training import Budget, start, train
+    from kronewton.lab.training import Budget, Run, start, train
 except ModuleNotFoundError as missing:
     raise SystemExit(
         f"The command line needs the package {missing.name}, which is not installed; "
@@ -122,6 +123,7 @@ def train_command(
         outcome = session.train_(run, budget, out, records, show)
     print(f"{rival.label} on {chosen.described()}")
     display.output().print(session.summary(run, outcome))
+    _say_uncovered([run])
     _write(json, {"task": chosen.described(), "unit": chosen.unit, "optimizer": rival.name,
                   "setting": run.setting, "seed": seed, "records": outcome.records})  # fmt: skip
     if outcome.interrupted:
@@ -133,13 +135,30 @@ def train_command(
 @app.command("compare")
 def compare_command(
     task: TaskName,
-    rivals: Annotated[str | None, typer.Option(help="Names with commas; default: all.")] = None,
+    rivals: Annotated[
+        str | None,
+        typer.Option(
+            help="Names with commas, a rival's own steps after a colon: kfac:100,adam:3000. "
+            "Default: all."
+        ),
+    ] = None,
     seeds: Seeds = 3,
     steps: Steps = None,
     seconds: Annotated[
         float | None, typer.Option(help="Length of a run, instead of steps.")
     ] = None,
-    target: Annotated[float | None, typer.Option(help="Training loss to reach.")] = None,
+    refine: Annotated[
+        str | None,
+        typer.Option(help="The dial: K-FAC at each of these settings of refine, as in 0,1,2,4,8."),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOSS|auto",
+            help="Training loss to reach; the task has a default. "
+            "auto: what K-FAC's best tuned rival ends with, rounded up to two digits.",
+        ),
+    ] = None,
     grid_budget: Annotated[int, typer.Option(min=1, help="Settings that each may try.")] = 12,
     batch_size: Batch = None,
     data: Data = None,
@@ -152,16 +171,19 @@ def compare_command(
 ) -> None:
     """Tune every rival over a grid of the same size, then race them in turn on several seeds."""
     chosen = find_task(task, Options(batch_size, data, small, examples))
+    entries = _entries(rivals) if refine is None else _dial(rivals, refine)
     plan = contest.Plan(
         task=chosen,
-        rivals=_rivals(rivals),
+        rivals=tuple(entry.rival for entry in entries),
         seeds=tuple(range(seed, seed + seeds)),
         budget=_budget(chosen, steps, seconds),
         target=_target(chosen, target),
         grid=grid_budget,
         device=_device(device),
+        budgets={e.rival.name: _budget(chosen, e.steps, seconds) for e in entries if e.steps},
     )
     _check_files(out, json)
+    _say_uncovered(contest.check(plan))
     _compare(plan, out, json)
 
 
@@ -249,21 +271,30 @@ def _compare(plan: contest.Plan, out: Path | None, json: Path | None) -> None:
     """Tune, race, and report what was run, all of it or up to Ctrl-C."""
     tuned: contest.Board = {}
     raced: contest.Board = {}
-    phases = (
-        ("tuning", len(contest.tuning_lanes(plan)), contest.tune_(plan, tuned)),
-        ("racing", len(plan.rivals) * len(plan.seeds), contest.race_(plan, tuned, raced)),
-    )
     with session.ctrl_c() as pressed:
-        for label, lanes, steps in phases:
-            if lanes == 0 or pressed():
-                continue
-            with display.lane_bar(label, plan, lanes) as show:
-                for lane in takewhile(lambda _: not pressed(), steps):
-                    show(lane)
+        _advance("tuning", plan, contest.tuning_lanes(plan), contest.tune_(plan, tuned), pressed)
+        if not pressed():
+            plan = contest.with_target(plan, tuned)
+            lanes = contest.racing_lanes(plan, tuned)
+            _advance("racing", plan, lanes, contest.race_(plan, tuned, raced), pressed)
         interrupted = pressed()
     _report(reports.summarise(plan, tuned, raced, interrupted), plan, raced, out, json)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+def _advance(
+    label: str,
+    plan: contest.Plan,
+    lanes: Sequence[contest.Lane],
+    turns: Iterator[contest.Lane],
+    pressed: Callable[[], bool],
+) -> None:
+    """Take the lanes' steps under a bar, up to Ctrl-C."""
+    if lanes:
+        with display.lane_bar(label, plan, lanes) as show:
+            for lane in takewhile(lambda _: not pressed(), turns):
+                show(lane)
 
 
 def _report(
@@ -277,15 +308,22 @@ def _report(
         print("Stopped before the race: there is nothing to compare yet.")
         return
     print(report.task)
-    display.output().print(reports.contest_tables(report))
+    found = dial.notches(plan, report, raced)
+    table = dial.dial_table(report, found) if found else reports.contest_tables(report)
+    display.output().print(table)
     document = {"report": report, "grids": _grids(plan), "curves": reports.curves(raced)}
+    document |= {"dial": found} if found else {}
     _write(json, document)
     if out is not None:
-        picture = out / f"{plan.task.name}.png"
-        plots.contest_plot(plan, raced, picture)
-        _write(out / f"{plan.task.name}.json", document)
+        stem = f"{plan.task.name}-dial" if found else plan.task.name
+        picture = out / f"{stem}.png"
+        if found:
+            plots.dial_plot(plan, raced, found, dial.others(report, found), picture)
+        else:
+            plots.contest_plot(plan, raced, picture)
+        _write(out / f"{stem}.json", document)
         print(f"Picture: {picture}")
-    print(reports.verdict(report))
+    print(dial.dial_verdict(report, found) if found else reports.verdict(report))
 
 
 def _grids(plan: contest.Plan) -> dict[str, list[str]]:
@@ -298,15 +336,22 @@ def _budget(task: Task, steps: int | None, seconds: float | None) -> Budget:
         return Budget(length, every=max(1, length // EVALUATIONS))
     if not (math.isfinite(seconds) and seconds > 0):
         raise OptionError(f"--seconds must be a positive number, not {seconds:g}.")
-    return Budget(steps or UNLIMITED, seconds, every=max(1, task.steps // EVALUATIONS))
+    every = max(1, (steps or task.steps) // EVALUATIONS)
+    return Budget(steps or UNLIMITED, seconds, every)
 
 
-def _target(task: Task, target: float | None) -> float:
+def _target(task: Task, target: str | None) -> float:
     if target is None:
         return task.target
-    if not math.isfinite(target):
-        raise OptionError(f"--target must be a number, not {target:g}.")
-    return target
+    if target == "auto":
+        return contest.BY_TUNING
+    try:
+        number = float(target)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise OptionError(f"--target must be a number or auto, not {target}.")
+    return number
 
 
 def _setting(task: Task, rival: Rival, lr: float | None) -> Setting:
@@ -319,17 +364,26 @@ def _setting(task: Task, rival: Rival, lr: float | None) -> Setting:
     return {**first, "lr": lr}
 
 
-def _rivals(names: str | None) -> tuple[Rival, ...]:
-    if names is None:
+def _entries(text: str | None) -> tuple[Entry, ...]:
+    if text is None:
         left_out = [RIVALS[name].label for name in RIVALS if name not in available()]
         if left_out:
             print(
                 f"Without {', '.join(left_out)}: pip install 'kronewton[bench]' adds them.",
                 file=sys.stderr,
             )
-        return tuple(find_rival(name) for name in available())
-    chosen = dict.fromkeys(name.strip() for name in names.split(","))
-    return tuple(find_rival(name) for name in chosen)
+    return read_entries(text)
+
+
+def _dial(rivals: str | None, refine: str) -> tuple[Entry, ...]:
+    """K-FAC at each setting of the dial, alone unless rivals are named."""
+    return dial.with_dial(() if rivals is None else read_entries(rivals), dial.read_dial(refine))
+
+
+def _say_uncovered(runs: Sequence[Run]) -> None:
+    said = next(filter(None, map(session.uncovered, runs)), None)
+    if said is not None:
+        print(said)
 
 
 def _device(name: str) -> torch.device:

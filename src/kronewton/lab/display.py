@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -38,9 +38,10 @@ def step_bar(label: str, budget: Budget, done: int) -> Iterator[Callable[[Record
 
 
 @contextmanager
-def lane_bar(label: str, plan: Plan, lanes: int) -> Iterator[Callable[[Lane], None]]:
+def lane_bar(label: str, plan: Plan, lanes: Sequence[Lane]) -> Iterator[Callable[[Lane], None]]:
     """A bar over all steps of several runs, with the name of the one whose turn it is."""
-    total = lanes * plan.budget.steps if math.isinf(plan.budget.seconds) else None
+    steps = sum(plan.budget_of(lane.rival).steps for lane in lanes)
+    total = steps if math.isinf(plan.budget.seconds) else None
     names = {rival.name: rival.label for rival in plan.rivals}
     with _progress(TextColumn("{task.fields[note]}")) as progress:
         bar = progress.add_task(label, total=total, note="")

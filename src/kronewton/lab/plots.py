@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -13,12 +13,16 @@ matplotlib.use("Agg")  # before pyplot: no window, whatever the machine
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from kronewton.errors import DataError
 from kronewton.lab.bench import StepCost
 from kronewton.lab.contest import Board, Plan
-from kronewton.lab.rivals import find_rival
+from kronewton.lab.dial import Notch
+from kronewton.lab.reports import Line, Spread
+from kronewton.lab.rivals import KFAC, Rival, family, find_rival
 from kronewton.lab.tasks import Task
 from kronewton.lab.training import Record
 
@@ -35,34 +39,99 @@ COLOURS = {
 }
 INK = "#333333"
 LEAST = 1e-16  # what a log axis shows of a loss at its floor
+PLAIN = 500  # up to this ratio of losses, an axis has their numbers without exponents
+LONG = 5  # from this ratio of lengths on, steps are on a log axis
+FEW = 4  # up to so many rivals there is room for words at their ends
+Point = tuple[int, float, float, float, float]
 
 
 def contest_plot(plan: Plan, raced: Board, path: Path) -> None:
     """Training loss of every rival against steps and against seconds, medians and ranges."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
-    for rival in plan.rivals:
-        runs = [rs for lane, rs in raced.items() if lane.rival == rival.name]
-        points = _median_curve([[r for r in rs if r.train_loss is not None] for rs in runs])
-        if points:
-            _draw(axes, points, rival.name, rival.label)
-    for ax in axes:
-        _dress(ax)
-        ax.axhline(plan.target, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-    axes[0].annotate(
-        f"target {plan.target:g}",
-        (0, plan.target),
-        xycoords=("axes fraction", "data"),
-        xytext=(4, -10),
-        textcoords="offset points",
-        fontsize=8,
-        color=INK,
-    )
-    axes[0].set(xlabel="steps", ylabel=f"training loss ({plan.task.unit})", xlim=(0, None))
-    axes[1].set(xlabel="seconds of training", xlim=(0, _seconds_shown(plan, raced)))
+    _race(axes, plan, raced, COLOURS)
     axes[1].legend(frameon=False, fontsize=9, loc="upper right")
-    seeds = f"median and range of {len(plan.seeds)} seeds" if len(plan.seeds) > 1 else "one seed"
-    _title(figure, plan.task, f"each rival at its best setting, {seeds}")
+    _title(figure, plan.task, f"each rival at its best setting, {_seeds(plan)}")
     _save(figure, path)
+
+
+def dial_plot(
+    plan: Plan, raced: Board, found: Sequence[Notch], others: Sequence[Line], path: Path
+) -> None:
+    """Steps and seconds to the target over the dial above, the races they come from below."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8.6), layout="constrained")
+    axes[1, 1].sharey(axes[1, 0])
+    colours = {**COLOURS, **_ramp([notch.line.rival for notch in found])}
+    _dial_panel(axes[0, 0], found, others, colours, lambda line: line.steps)
+    _dial_panel(axes[0, 1], found, others, colours, lambda line: line.seconds)
+    for ax, unit in zip(axes[0], ("steps", "seconds of training"), strict=True):
+        ax.set(xlabel="refine", ylabel=f"{unit} to a training loss of {plan.target:g}")
+    _race(axes[1], plan, raced, colours)
+    axes[1, 1].tick_params(labelleft=False)
+    handles, labels = axes[1, 1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    _title(figure, plan.task, f"K-FAC with the dial at each setting, {_seeds(plan)}")
+    _save(figure, path)
+
+
+def _ramp(names: Sequence[str]) -> dict[str, str]:
+    """K-FAC's colours from light to dark as the dial is turned up."""
+    ramp = matplotlib.colormaps["YlOrBr"]
+    places = [0.4 + 0.6 * i / max(1, len(names) - 1) for i in range(len(names))]
+    return {name: to_hex(ramp(place)) for name, place in zip(names, places, strict=True)}
+
+
+def _dial_panel(
+    ax: Axes,
+    found: Sequence[Notch],
+    others: Sequence[Line],
+    colours: Mapping[str, str],
+    of: Callable[[Line], Spread],
+) -> None:
+    """Medians over the dial with their ranges, and what other rivals take as lines across."""
+    spreads = [of(notch.line) for notch in found]
+    ends = [v for spread in spreads for v in (spread.median, spread.high) if math.isfinite(v)]
+    high = max(ends, default=1.0)
+    beside = [of(line).median for line in others]
+    top = 1.15 * max([high, *(value for value in beside if value < LONG * high)])
+    ax.plot(range(len(found)), [s.median for s in spreads], color="#BBBBBB", zorder=2)
+    for place, (notch, spread) in enumerate(zip(found, spreads, strict=True)):
+        _point(ax, place, spread, colours[notch.line.rival], top)
+    lines = sorted(zip(beside, others, strict=True), key=lambda pair: -pair[0])
+    _across(ax, [(value, line) for value, line in lines if value < top], len(found) - 0.5)
+    _out_of_sight(ax, [(value, line) for value, line in lines if value >= top])
+    ax.set_xticks(range(len(found)), [str(notch.refine) for notch in found])
+    ax.set(xlim=(-0.5, len(found) - 0.5), ylim=(0, top))
+    _frame(ax)
+
+
+def _point(ax: Axes, place: int, spread: Spread, colour: str, top: float) -> None:
+    """A median with its range; a cross at the top where the median is never."""
+    if math.isinf(spread.median):
+        ax.plot(place, 0.97 * top, "x", color=colour, markersize=9, markeredgewidth=2.5)
+        ax.annotate("never", (place, 0.97 * top), xytext=(8, 0), textcoords="offset points",
+                    va="center", fontsize=8, color=INK)  # fmt: skip
+    else:
+        ax.vlines(place, spread.low, min(spread.high, top), color=colour, linewidth=6, alpha=0.35)
+        ax.plot(place, spread.median, "o", color=colour, markersize=9, zorder=5)
+
+
+def _across(ax: Axes, lines: Sequence[tuple[float, Line]], right: float) -> None:
+    """Other rivals' lines, highest first, named above and below in turn: two may lie close."""
+    for index, (value, line) in enumerate(lines):
+        colour = COLOURS[line.rival]
+        ax.axhline(value, color=colour, linewidth=1.5, zorder=1.8)
+        side = ("bottom", "top")[index % 2]
+        place = (right - 0.7 * (index // 2), value)
+        ax.annotate(line.label, place, xytext=(-4, 2 if side == "bottom" else -3), va=side,
+                    ha="right", textcoords="offset points", fontsize=8, color=colour)  # fmt: skip
+
+
+def _out_of_sight(ax: Axes, lines: Sequence[tuple[float, Line]]) -> None:
+    """Name the rivals whose lines would lie far above the dial's points."""
+    words = [f"{line.label} {'never' if math.isinf(v) else f'{v:.3g}'}" for v, line in lines]
+    if words:
+        text = f"above: {', '.join(words)}"
+        ax.text(1, 1.02, text, transform=ax.transAxes, ha="right", fontsize=8, color=INK)
 
 
 def run_plot(task: Task, label: str, name: str, records: Sequence[Record], path: Path) -> None:
@@ -103,9 +172,51 @@ def cost_plot(costs: Sequence[StepCost], path: Path) -> None:
     _save(figure, path)
 
 
-def _median_curve(
-    runs: Sequence[Sequence[Record]],
-) -> list[tuple[int, float, float, float, float]]:
+def _race(axes: Sequence[Axes], plan: Plan, raced: Board, colours: Mapping[str, str]) -> None:
+    """Training loss against steps and against seconds, with the target across both."""
+    ends = []
+    for rival in plan.rivals:
+        runs = [rs for lane, rs in raced.items() if lane.rival == rival.name]
+        points = _median_curve([[r for r in rs if r.train_loss is not None] for rs in runs])
+        if not points:
+            continue
+        _draw(axes, points, rival, colours[rival.name])
+        if not plan.equal and len(plan.rivals) <= FEW:
+            _mark_end(axes, points, rival, colours[rival.name])
+        if not any(rs and rs[-1].diverged for rs in runs):
+            ends.append(points[-1][0])
+    for ax in axes:
+        _dress(ax)
+        ax.axhline(plan.target, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    axes[0].annotate(
+        f"target {plan.target:g}",
+        (0, plan.target),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, -10),
+        textcoords="offset points",
+        fontsize=8,
+        color=INK,
+    )
+    axes[0].set(xlabel="steps", ylabel=f"training loss ({plan.task.unit})")
+    _span_steps(axes[0], ends)
+    axes[1].set(xlabel="seconds of training", xlim=(0, _seconds_shown(plan, raced)))
+
+
+def _span_steps(ax: Axes, ends: Sequence[int]) -> None:
+    """A log axis where the shortest run would be a stroke at the edge of the longest."""
+    if ends and max(ends) > LONG * min(ends):
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set_xlim(1, None)
+    else:
+        ax.set_xlim(0, None)
+
+
+def _seeds(plan: Plan) -> str:
+    return f"median and range of {len(plan.seeds)} seeds" if len(plan.seeds) > 1 else "one seed"
+
+
+def _median_curve(runs: Sequence[Sequence[Record]]) -> list[Point]:
     """(step, median seconds, median, least, greatest loss) where every run was evaluated."""
     points = []
     for rows in zip(*runs, strict=False):
@@ -118,21 +229,46 @@ def _median_curve(
 
 def _draw(
     axes: Sequence[Axes],
-    points: list[tuple[int, float, float, float, float]],
-    name: str,
-    label: str,
+    points: Sequence[Point],
+    rival: Rival,
+    colour: str,
 ) -> None:
     steps, seconds, middle, low, high = zip(*points, strict=True)
-    front = name == "kfac"
+    front = family(rival.name) == KFAC
     for ax, x in zip(axes, (steps, seconds), strict=True):
-        ax.fill_between(x, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
+        ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         ax.plot(
             x,
             middle,
-            color=COLOURS[name],
-            linewidth=2.8 if front else 1.5,
+            color=colour,
+            linewidth=2.4 if front else 1.5,
             zorder=5 if front else 3,
-            label=label,
+            label=rival.label,
+        )
+
+
+def _mark_end(
+    axes: Sequence[Axes],
+    points: Sequence[Point],
+    rival: Rival,
+    colour: str,
+) -> None:
+    """A dot where a run of its own length ends, with what it came to."""
+    step, seconds, loss, *_ = points[-1]
+    said = (f"{rival.label}, {step} steps: {loss:.2g}", f"{seconds:.2g} s")
+    for ax, x, text in zip(axes, (step, seconds), said, strict=True):
+        ax.plot(x, loss, "o", color=colour, markersize=6, zorder=6)
+        ax.annotate(
+            text,
+            (x, loss),
+            xytext=(0, -8),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=8,
+            color=colour,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
+            zorder=6,
         )
 
 
@@ -146,21 +282,35 @@ def _choices(ax: Axes, records: Sequence[Record]) -> None:
 
 
 def _seconds_shown(plan: Plan, raced: Board) -> float:
-    """Where the clock's axis ends: slower rivals run out of the picture, not the others into it."""
+    """Where the clock's axis ends: slower rivals run out of the picture, not the others into it.
+
+    Unless their lengths were chosen: then every run is seen to its end.
+    """
     ends = [
         median(rs[-1].seconds for lane, rs in raced.items() if lane.rival == rival.name and rs)
         for rival in plan.rivals
         if any(rs for lane, rs in raced.items() if lane.rival == rival.name)
     ]
-    return min(max(ends), 3 * median(ends)) if ends else 1.0
+    if not ends:
+        return 1.0
+    return min(max(ends), 3 * median(ends)) if plan.equal else 1.03 * max(ends)
 
 
 def _dress(ax: Axes) -> None:
     ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    if high < PLAIN * low:  # 2 and 5 instead of 2 × 10⁰ and 5 × 10⁰
+        ax.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}")
+    _frame(ax)
+
+
+def _frame(ax: Axes) -> None:
     ax.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color("#999999")
-    ax.tick_params(colors=INK, labelsize=9)
+    ax.tick_params(which="both", colors=INK, labelsize=9)
 
 
 def _title(figure: Figure, task: Task, below: str) -> None:

@@ -15,10 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from kronewton.lab.contest import Board, Plan, best_setting, final_loss, first_below
-from kronewton.lab.rivals import Rival, describe
+from kronewton.lab.rivals import KFAC, Rival, describe
 from kronewton.lab.training import Record
-
-KFAC = "kfac"
 
 
 @dataclass(frozen=True)
@@ -32,19 +30,24 @@ class Spread:
 
 @dataclass(frozen=True)
 class Line:
-    """One rival at its best setting. The ratios are its medians over K-FAC's."""
+    """One rival at its best setting. The ratios are its medians over K-FAC's.
+
+    length: the steps that its runs had; last_step and last_seconds: where they ended.
+    """
 
     rival: str
     label: str
     setting: str
     tried: int
     seeds: int
+    length: int
     reached: int
     steps: Spread
     seconds: Spread
     step_ratio: float | None
     second_ratio: float | None
-    step_milliseconds: float
+    last_step: float
+    last_seconds: float
     final: Spread
     lowest_in_grid: float
     test: float
@@ -59,7 +62,6 @@ class Report:
     unit: str
     target: float
     seeds: tuple[int, ...]
-    steps: int
     seconds: float
     device: str
     threads: int
@@ -77,7 +79,6 @@ def summarise(plan: Plan, tuned: Board, raced: Board, interrupted: bool = False)
         unit=plan.task.unit,
         target=plan.target,
         seeds=plan.seeds,
-        steps=plan.budget.steps,
         seconds=plan.budget.seconds,
         device=str(plan.device),
         threads=torch.get_num_threads(),
@@ -100,12 +101,14 @@ def _line(plan: Plan, rival: Rival, tuned: Board, raced: Board) -> Line | None:
         setting=describe(plan.settings(rival)[best_setting(plan, rival, tuned)]),
         tried=len(plan.settings(rival)),
         seeds=len(runs),
+        length=plan.budget_of(rival.name).steps,
         reached=sum(first is not None for first in firsts),
         steps=_spread(math.inf if first is None else first.step for first in firsts),
         seconds=_spread(math.inf if first is None else first.seconds for first in firsts),
         step_ratio=None,
         second_ratio=None,
-        step_milliseconds=median(1e3 * records[-1].seconds / records[-1].step for records in runs),
+        last_step=median(records[-1].step for records in runs),
+        last_seconds=median(records[-1].seconds for records in runs),
         final=_spread(finals),
         lowest_in_grid=min([*grid, *finals]),
         test=_last(runs, lambda record: record.test_loss),
@@ -141,11 +144,11 @@ def _with_ratios(lines: list[Line]) -> list[Line]:
 def contest_tables(report: Report) -> Group:
     """How soon each rival got there, and how it stood at the end; K-FAC in bold."""
     name = report.task.split(":")[0]
-    soon = _table(f"{name}: to a training loss of {report.target:g}")
+    soon = framed(f"{name}: to a training loss of {report.target:g}")
     for head in ("optimizer", "best setting", "steps", "×", "seconds", "×"):
         soon.add_column(head, justify="left" if head in ("optimizer", "best setting") else "right")
-    end = _table(f"{name}: at the end of {_limit(report)}")
-    heads = ["optimizer", "ms/step", "training loss", "lowest\nin grid", "test\nloss"]
+    end = framed(f"{name}: at the end of {limit(report)}")
+    heads = ["optimizer", "steps", "seconds", "training loss", "lowest\nin grid", "test\nloss"]
     for head in heads + ([report.metric] if report.metric else []):
         end.add_column(head, justify="left" if head == "optimizer" else "right")
     for line in report.lines:
@@ -155,7 +158,7 @@ def contest_tables(report: Report) -> Group:
     return Group(soon, end, Text(_conditions(report)))
 
 
-def _table(title: str) -> Table:
+def framed(title: str) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
 
 
@@ -163,41 +166,66 @@ def _soon(line: Line) -> list[str]:
     return [
         line.label,
         line.setting,
-        _range(line.steps, lambda value: _until(value, "{:.0f}")),
+        steps_to_target(line),
         _ratio(line.step_ratio),
-        _range(line.seconds, lambda value: _until(value, "{:.2g}")),
+        seconds_to_target(line),
         _ratio(line.second_ratio),
     ]
+
+
+def steps_to_target(line: Line) -> str:
+    return _range(line.steps, lambda value: "never" if math.isinf(value) else f"{value:.0f}")
+
+
+def seconds_to_target(line: Line) -> str:
+    return _range(line.seconds, lambda value: "never" if math.isinf(value) else figure(value))
 
 
 def _end(line: Line) -> list[str]:
     cells = [
         line.label,
-        f"{line.step_milliseconds:.2g}",
-        _range(line.final, _number),
-        _number(line.lowest_in_grid),
-        _number(line.test),
+        f"{line.last_step:.0f}",
+        figure(line.last_seconds),
+        _range(line.final, number),
+        number(line.lowest_in_grid),
+        number(line.test),
     ]
     return cells + ([] if line.metric is None else [f"{100 * line.metric:.1f} %"])
 
 
-def _limit(report: Report) -> str:
+def limit(report: Report) -> str:
     if report.interrupted:
         return "what was run before Ctrl-C"
-    return f"{report.steps} steps" if math.isinf(report.seconds) else f"{report.seconds:g} s"
+    if math.isfinite(report.seconds):
+        return f"{report.seconds:g} s"
+    lengths = [line.length for line in report.lines]
+    low, high = min(lengths), max(lengths)
+    return f"{low} steps" if low == high else f"{low} to {high} steps"
 
 
 def _conditions(report: Report) -> str:
-    tried = max(line.tried for line in report.lines)
-    settings = (
-        f"the best of {tried} settings on seed {report.seeds[0]}, by the fewest steps or else"
-    )
     return (
-        f"Losses are {report.unit}. Median [range] over seeds {', '.join(map(str, report.seeds))}. "
-        f"Each rival's setting is {settings} by the lowest loss. ×: as a multiple of K-FAC's. "
-        f"Seconds are of training alone, {report.device}, "
-        f"{report.threads} thread{'s' if report.threads > 1 else ''}."
+        f"{seeds_said(report)} {tuning_said(report)} ×: as a multiple of K-FAC's. "
+        f"{clock_said(report)}"
     )
+
+
+def seeds_said(report: Report) -> str:
+    seeds = ", ".join(map(str, report.seeds))
+    return f"Losses are {report.unit}. Median [range] over seeds {seeds}."
+
+
+def tuning_said(report: Report) -> str:
+    tried = max(line.tried for line in report.lines)
+    return (
+        f"Each rival's setting is the best of {tried} settings on seed {report.seeds[0]}, by the "
+        "fewest steps or else by the lowest loss."
+    )
+
+
+def clock_said(report: Report) -> str:
+    threads = f"{report.threads} thread{'s' if report.threads > 1 else ''}"
+    return f"Seconds are of training alone, {report.device}, {threads}."
 
 
 def _range(spread: Spread, show: Callable[[float], str]) -> str:
@@ -207,16 +235,17 @@ def _range(spread: Spread, show: Callable[[float], str]) -> str:
     return f"{text} [{show(spread.low)}–{show(spread.high)}]"
 
 
-def _until(value: float, form: str) -> str:
-    return "never" if math.isinf(value) else form.format(value)
-
-
 def _ratio(value: float | None) -> str:
     return "–" if value is None or math.isinf(value) else f"{value:.2f}"
 
 
-def _number(value: float) -> str:
-    return f"{value:.2g}" if math.isfinite(value) else "diverged"
+def number(value: float) -> str:
+    return figure(value) if math.isfinite(value) else "diverged"
+
+
+def figure(value: float) -> str:
+    """Two digits, or all before the point: 236, not 2.4e+02."""
+    return f"{value:.0f}" if 100 <= abs(value) < 1e5 else f"{value:.2g}"
 
 
 def verdict(report: Report) -> str:
@@ -232,28 +261,33 @@ def verdict(report: Report) -> str:
     if math.isinf(kfac.steps.median):
         who = ", ".join(line.label for line in done) or "none"
         return (
-            f"On {name}, K-FAC does not reach {goal} (it ends at {_number(kfac.final.median)}); "
+            f"On {name}, K-FAC does not reach {goal} (it ends at {number(kfac.final.median)}); "
             f"those that do: {who}."
         )
     opening = (
         f"On {name}, K-FAC with nothing set reaches {goal} in {kfac.steps.median:.0f} steps and "
-        f"{kfac.seconds.median:.2g} s (medians over {kfac.seeds} seeds)"
+        f"{figure(kfac.seconds.median)} s ({_seeds(kfac.seeds)})"
     )
     if not done:
-        return f"{opening}{_also_ran(others)}."
+        return f"{opening}{_also_ran(kfac, others)}."
     steps = _standing(done, "steps", lambda line: line.step_ratio)
     seconds = _standing(done, "seconds", lambda line: line.second_ratio)
     return f"{opening}. {steps} {seconds}"
 
 
-def _also_ran(others: Sequence[Line]) -> str:
+def _also_ran(kfac: Line, others: Sequence[Line]) -> str:
     if not others:
         return ""
     best = min(others, key=lambda line: line.final.median)
+    after = "" if best.length == kfac.length else f" after {best.last_step:.0f} steps"
     return (
         f"; of {len(others)} tuned rivals none does, and the lowest, {best.label}, ends at "
-        f"{_number(best.final.median)}"
+        f"{number(best.final.median)}{after}"
     )
+
+
+def _seeds(count: int) -> str:
+    return f"medians over {count} seeds" if count > 1 else "one seed"
 
 
 def _standing(done: Sequence[Line], unit: str, of: Callable[[Line], float | None]) -> str:

@@ -26,6 +26,7 @@ except ImportError:
     extra = None
 
 Setting = Mapping[str, float]
+KFAC = "kfac"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ def find_rival(name: str) -> Rival:
     return RIVALS[name]
 
 
+def family(name: str) -> str:
+    """The optimizer of a rival's name: that of kfac+2, K-FAC with the dial at 2, is kfac."""
+    return name.partition("+")[0]
+
+
 def available() -> list[str]:
     """The names of the rivals whose packages are installed."""
     return [name for name in RIVALS if extra is not None or name not in EXTRA]
@@ -78,7 +84,8 @@ def _grid(lrs: tuple[float, ...], second: str, values: tuple[float, ...]) -> tup
 
 
 def _kfac(model: nn.Module, criterion: nn.Module, setting: Setting) -> Optimizer:
-    return kn.KFAC(model, criterion, lr=setting.get("lr", "auto"))
+    refine = int(setting.get("refine", 0))
+    return kn.KFAC(model, criterion, lr=setting.get("lr", "auto"), refine=refine)
 
 
 def _sgd(model: nn.Module, _: nn.Module, setting: Setting) -> Optimizer:

@@ -13,6 +13,7 @@ from types import FrameType
 
 from rich.table import Table
 
+import kronewton as kn
 from kronewton.errors import DataError, OptionError
 from kronewton.lab import checkpoint, plots
 from kronewton.lab.files import read_records, write_lines
@@ -115,6 +116,17 @@ def summary(run: Run, outcome: Outcome) -> Table:
         if run.task.metric is not None:
             table.add_row(f"test {run.task.metric.name}", f"{100 * (seen[-1].metric or 0.0):.1f} %")
     return table
+
+
+def uncovered(run: Run) -> str | None:
+    """The parameters that K-FAC trains without curvature, in a sentence; None if there are none."""
+    if not isinstance(run.optimizer, kn.KFAC):
+        return None
+    coverage = run.optimizer.coverage()
+    names = [row.parameter for row in coverage.rows if row.why]
+    if not names:
+        return None
+    return f"K-FAC has no curvature for {', '.join(names)}: see `kronewton explain`."
 
 
 def _save(run: Run, folder: Path, records: list[Record]) -> None:

@@ -6,51 +6,21 @@ Losses are shown as `(loss - floor) * scale`, in the task's unit.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from kronewton.errors import OptionError
+from kronewton.lab import problems
 from kronewton.lab.images import read_images
+from kronewton.lab.problems import Examples, Problem
 
-DATA_SEED = 2017
 NOTE_WIDTHS = (784, 1024, 1024, 1024, 196, 1024, 1024, 1024, 784)
 SMALL_WIDTHS = (784, 256, 256, 64, 256, 256, 784)
 TEST_IMAGES = 1000
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Inputs and targets, one row each."""
-
-    x: Tensor
-    y: Tensor
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def to(self, device: torch.device) -> Examples:
-        return Examples(self.x.to(device), self.y.to(device))
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A model at its initial weights, its criterion and its data, on one device.
-
-    floor: the least training loss there is, where it is known in closed form.
-    """
-
-    model: nn.Module
-    criterion: nn.Module
-    train: Examples
-    test: Examples
-    floor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -122,104 +92,6 @@ def _sign_accuracy(output: Tensor, target: Tensor) -> float:
     return float(((output > 0) == (target > 0.5)).double().mean())
 
 
-def _network(widths: tuple[int, ...], kind: type[nn.Module], seed: int) -> nn.Sequential:
-    """Linear layers with a nonlinearity between them, at torch's default initial weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        layers: list[nn.Module] = []
-        for d_in, d_out in pairwise(widths):
-            layers += [nn.Linear(d_in, d_out), kind()]
-    return nn.Sequential(*layers[:-1])
-
-
-def _sigmoid_autoencoder(widths: tuple[int, ...], seed: int) -> nn.Sequential:
-    """Sigmoid between the layers, a linear output.
-
-    Weights are Xavier normal and biases zero: under torch's default, sigmoids this deep forget
-    their input, and all that a first-order method could learn is the mean image.
-    """
-    model = _network(widths, nn.Sigmoid, seed)
-    generator = torch.Generator().manual_seed(seed)
-    for layer in model:
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_normal_(layer.weight, generator=generator)
-            nn.init.zeros_(layer.bias)
-    return model
-
-
-def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The 8×8 digits that come with scikit-learn, split 1437 to 360, pixels in [0, 1]."""
-    bunch = load_digits()
-    x = torch.from_numpy(bunch.data).float() / 16
-    y = torch.from_numpy(bunch.target).long()
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(DATA_SEED))
-    train, test = order[:1437], order[1437:]
-    return x[train], y[train], x[test], y[test]
-
-
-def _build_digits_mlp(seed: int, device: torch.device) -> Problem:
-    x, y, x_test, y_test = _digits()
-    model = _network((64, 128, 128, 10), nn.ReLU, seed).to(device)
-    train, test = Examples(x, y).to(device), Examples(x_test, y_test).to(device)
-    return Problem(model, nn.CrossEntropyLoss(), train, test)
-
-
-def _build_digits_autoencoder(seed: int, device: torch.device) -> Problem:
-    x, _, x_test, _ = _digits()
-    model = _sigmoid_autoencoder((64, 32, 16, 8, 16, 32, 64), seed).to(device)
-    return Problem(
-        model, nn.MSELoss(), Examples(x, x).to(device), Examples(x_test, x_test).to(device)
-    )
-
-
-def _least_squares_floor(data: Examples, bias: bool) -> float:
-    """The mean squared error that no linear map of the inputs can beat."""
-    x = torch.cat([data.x, torch.ones_like(data.x[:, :1])], 1) if bias else data.x
-    residual = data.y - x @ torch.linalg.lstsq(x, data.y).solution
-    return float(residual.square().mean())
-
-
-def _normal(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def _build_linear_regression(seed: int, device: torch.device) -> Problem:
-    generator = torch.Generator().manual_seed(DATA_SEED)
-    x = _normal(generator, 400, 7) * torch.logspace(0, math.log10(0.03), 7, dtype=torch.float64)
-    y = x @ _normal(generator, 7, 1) + 0.5 + 0.1 * _normal(generator, 400, 1)
-    train, test = Examples(x[:200], y[:200]), Examples(x[200:], y[200:])
-    model = _network((7, 1), nn.Identity, seed).to(device, torch.float64)
-    floor = _least_squares_floor(train, bias=True)
-    return Problem(model, nn.MSELoss(), train.to(device), test.to(device), floor)
-
-
-def _build_deep_linear(seed: int, device: torch.device) -> Problem:
-    generator = torch.Generator().manual_seed(DATA_SEED)
-    x = _normal(generator, 768, 16) * torch.logspace(0, -2, 16, dtype=torch.float64)
-    y = x @ _normal(generator, 16, 8) + 0.01 * _normal(generator, 768, 8)
-    train, test = Examples(x[:512], y[:512]), Examples(x[512:], y[512:])
-    model = _network((16, 32, 32, 32, 8), nn.Identity, seed).to(device, torch.float64)
-    floor = _least_squares_floor(train, bias=True)
-    return Problem(model, nn.MSELoss(), train.to(device), test.to(device), floor)
-
-
-def _spirals(count: int, generator: torch.Generator) -> Examples:
-    """Two arms that wind one and a half times around each other, with a little noise."""
-    label = torch.arange(count) % 2
-    angle = 3 * math.pi * torch.rand(count, generator=generator).sqrt()
-    turned = angle + math.pi * label
-    arm = torch.stack([turned.cos(), turned.sin()], 1) * (angle / (3 * math.pi)).unsqueeze(1)
-    x = arm + 0.01 * torch.randn(count, 2, generator=generator)
-    return Examples(x, label.float().unsqueeze(1))
-
-
-def _build_two_spirals(seed: int, device: torch.device) -> Problem:
-    generator = torch.Generator().manual_seed(DATA_SEED)
-    train, test = _spirals(500, generator), _spirals(500, generator)
-    model = _network((2, 64, 64, 1), nn.Tanh, seed).to(device)
-    return Problem(model, nn.BCEWithLogitsLoss(), train.to(device), test.to(device))
-
-
 def _mnist_autoencoder(options: Options) -> Task:
     images = read_images(options.data)
     count = min(2000, len(images) - 1) if options.examples is None else options.examples
@@ -233,7 +105,7 @@ def _mnist_autoencoder(options: Options) -> Task:
     widths = SMALL_WIDTHS if options.small else NOTE_WIDTHS
 
     def build(seed: int, device: torch.device) -> Problem:
-        model = _sigmoid_autoencoder(widths, seed).to(device)
+        model = problems.sigmoid_autoencoder(widths, seed).to(device)
         return Problem(model, nn.MSELoss(), train.to(device), test.to(device))
 
     return Task(
@@ -251,7 +123,7 @@ _ALL = (
     Task(
         "digits-mlp",
         "8×8 digits through 64-128-128-10, ReLU, cross-entropy",
-        _build_digits_mlp,
+        problems.digits_mlp,
         steps=200,
         target=0.01,
         batch_size=128,
@@ -261,7 +133,26 @@ _ALL = (
     Task(
         "digits-autoencoder",
         "8×8 digits through 64-32-16-8-16-32-64, sigmoid",
-        _build_digits_autoencoder,
+        problems.digits_autoencoder,
+        steps=200,
+        target=1.0,
+        scale=64.0,
+        unit="squared error per image",
+    ),
+    Task(
+        "digits-cnn",
+        "8×8 digits through two convolutions of 16 and 32 channels, ReLU, cross-entropy",
+        problems.digits_cnn,
+        steps=200,
+        target=0.01,
+        batch_size=128,
+        unit="cross-entropy",
+        metric=Metric("accuracy", _accuracy),
+    ),
+    Task(
+        "digits-conv-autoencoder",
+        "8×8 digits through two convolutions to 4 maps of 2×2 and back, tanh",
+        problems.digits_conv_autoencoder,
         steps=200,
         target=1.0,
         scale=64.0,
@@ -270,7 +161,7 @@ _ALL = (
     Task(
         "linear-regression",
         "200×7 with column scales from 1 to 0.03, a bias and noise",
-        _build_linear_regression,
+        problems.linear_regression,
         steps=25,
         target=1e-8,
         dtype=torch.float64,
@@ -279,16 +170,26 @@ _ALL = (
     Task(
         "deep-linear",
         "16-32-32-32-8 without nonlinearity, column scales from 1 to 0.01",
-        _build_deep_linear,
+        problems.deep_linear,
         steps=100,
         target=1e-4,
         dtype=torch.float64,
         unit="squared error above least squares",
     ),
     Task(
+        "circular-deconvolution",
+        "blurred 16×16 colour images through one circular 5×5 convolution, nearly singular",
+        problems.circular_deconvolution,
+        steps=25,
+        target=1e-8,
+        dtype=torch.float64,
+        scale=3.0,
+        unit="squared error per location above least squares",
+    ),
+    Task(
         "two-spirals",
         "two spirals through 2-64-64-1, tanh, binary cross-entropy",
-        _build_two_spirals,
+        problems.two_spirals,
         steps=200,
         target=0.01,
         unit="binary cross-entropy",

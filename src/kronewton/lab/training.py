@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 
 import kronewton as kn
 from kronewton.errors import OptionError
+from kronewton.lab.problems import Examples, Problem
 from kronewton.lab.rivals import Rival, Setting
-from kronewton.lab.tasks import Examples, Problem, Task
+from kronewton.lab.tasks import Task
 
 Key = TypeVar("Key", bound=Hashable)
 # What an optimizer raises on numbers that have gone: the run has diverged, the program is well.
@@ -89,16 +90,21 @@ def train(run: Run, budget: Budget, last: Record | None = None) -> Iterator[Reco
         yield record
 
 
-def interleave(runs: Mapping[Key, Iterator[Record]], chunk: int) -> Iterator[tuple[Key, Record]]:
-    """Advance several runs in turn, so that what else the machine does falls on all of them."""
+def interleave(
+    runs: Mapping[Key, Iterator[Record]], chunks: Mapping[Key, int]
+) -> Iterator[tuple[Key, Record]]:
+    """Advance several runs in turn, so that what else the machine does falls on all of them.
+
+    chunks: how many steps a turn of each run has.
+    """
     alive = dict(runs)
     while alive:
         for key in list(alive):
             taken = 0
-            for record in islice(alive[key], chunk):
+            for record in islice(alive[key], chunks[key]):
                 taken += 1
                 yield key, record
-            if taken < chunk:
+            if taken < chunks[key]:
                 del alive[key]
 
 

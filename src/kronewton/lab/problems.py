@@ -1,0 +1,227 @@
+"""The problems behind the tasks: data that never changes, and a model drawn by a seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+DATA_SEED = 2017
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Inputs and targets, one row each."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def to(self, device: torch.device) -> Examples:
+        return Examples(self.x.to(device), self.y.to(device))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model at its initial weights, its criterion and its data, on one device.
+
+    floor: the least training loss there is, where it is known in closed form.
+    """
+
+    model: nn.Module
+    criterion: nn.Module
+    train: Examples
+    test: Examples
+    floor: float = 0.0
+
+
+@contextmanager
+def _drawn_by(seed: int) -> Iterator[None]:
+    """Draw torch's default initial weights by a seed, and leave the random stream alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _network(widths: tuple[int, ...], kind: type[nn.Module], seed: int) -> nn.Sequential:
+    """Linear layers with a nonlinearity between them, at torch's default initial weights."""
+    with _drawn_by(seed):
+        layers: list[nn.Module] = []
+        for d_in, d_out in pairwise(widths):
+            layers += [nn.Linear(d_in, d_out), kind()]
+    return nn.Sequential(*layers[:-1])
+
+
+def sigmoid_autoencoder(widths: tuple[int, ...], seed: int) -> nn.Sequential:
+    """Sigmoid between the layers, a linear output.
+
+    Weights are Xavier normal and biases zero: under torch's default, sigmoids this deep forget
+    their input, and all that a first-order method could learn is the mean image.
+    """
+    model = _network(widths, nn.Sigmoid, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_normal_(layer.weight, generator=generator)
+            nn.init.zeros_(layer.bias)
+    return model
+
+
+def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The 8×8 digits that come with scikit-learn, split 1437 to 360, pixels in [0, 1]."""
+    bunch = load_digits()
+    x = torch.from_numpy(bunch.data).float() / 16
+    y = torch.from_numpy(bunch.target).long()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(DATA_SEED))
+    train, test = order[:1437], order[1437:]
+    return x[train], y[train], x[test], y[test]
+
+
+def digits_mlp(seed: int, device: torch.device) -> Problem:
+    x, y, x_test, y_test = _digits()
+    model = _network((64, 128, 128, 10), nn.ReLU, seed).to(device)
+    train, test = Examples(x, y).to(device), Examples(x_test, y_test).to(device)
+    return Problem(model, nn.CrossEntropyLoss(), train, test)
+
+
+def digits_autoencoder(seed: int, device: torch.device) -> Problem:
+    x, _, x_test, _ = _digits()
+    model = sigmoid_autoencoder((64, 32, 16, 8, 16, 32, 64), seed).to(device)
+    return Problem(
+        model, nn.MSELoss(), Examples(x, x).to(device), Examples(x_test, x_test).to(device)
+    )
+
+
+def _digit_images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, y, x_test, y_test = _digits()
+    return x.view(-1, 1, 8, 8), y, x_test.view(-1, 1, 8, 8), y_test
+
+
+def digits_cnn(seed: int, device: torch.device) -> Problem:
+    x, y, x_test, y_test = _digit_images()
+    with _drawn_by(seed):
+        model = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),  # (N, 32, 4, 4)
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(512, 10),
+        ).to(device)
+    train, test = Examples(x, y).to(device), Examples(x_test, y_test).to(device)
+    return Problem(model, nn.CrossEntropyLoss(), train, test)
+
+
+def digits_conv_autoencoder(seed: int, device: torch.device) -> Problem:
+    x, _, x_test, _ = _digit_images()
+    with _drawn_by(seed):
+        model = nn.Sequential(
+            nn.Conv2d(1, 16, 3, stride=2, padding=1),
+            nn.Tanh(),
+            nn.Conv2d(16, 4, 3, stride=2, padding=1),  # (N, 4, 2, 2), the code
+            nn.Tanh(),
+            nn.ConvTranspose2d(4, 16, 4, stride=2, padding=1),
+            nn.Tanh(),
+            nn.ConvTranspose2d(16, 1, 4, stride=2, padding=1),
+        ).to(device)
+    train, test = Examples(x, x).to(device), Examples(x_test, x_test).to(device)
+    return Problem(model, nn.MSELoss(), train, test)
+
+
+def _least_squares_floor(data: Examples, bias: bool) -> float:
+    """The mean squared error that no linear map of the inputs can beat."""
+    x = torch.cat([data.x, torch.ones_like(data.x[:, :1])], 1) if bias else data.x
+    residual = data.y - x @ torch.linalg.lstsq(x, data.y).solution
+    return float(residual.square().mean())
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def linear_regression(seed: int, device: torch.device) -> Problem:
+    generator = torch.Generator().manual_seed(DATA_SEED)
+    x = _normal(generator, 400, 7) * torch.logspace(0, math.log10(0.03), 7, dtype=torch.float64)
+    y = x @ _normal(generator, 7, 1) + 0.5 + 0.1 * _normal(generator, 400, 1)
+    train, test = Examples(x[:200], y[:200]), Examples(x[200:], y[200:])
+    model = _network((7, 1), nn.Identity, seed).to(device, torch.float64)
+    floor = _least_squares_floor(train, bias=True)
+    return Problem(model, nn.MSELoss(), train.to(device), test.to(device), floor)
+
+
+def deep_linear(seed: int, device: torch.device) -> Problem:
+    generator = torch.Generator().manual_seed(DATA_SEED)
+    x = _normal(generator, 768, 16) * torch.logspace(0, -2, 16, dtype=torch.float64)
+    y = x @ _normal(generator, 16, 8) + 0.01 * _normal(generator, 768, 8)
+    train, test = Examples(x[:512], y[:512]), Examples(x[512:], y[512:])
+    model = _network((16, 32, 32, 32, 8), nn.Identity, seed).to(device, torch.float64)
+    floor = _least_squares_floor(train, bias=True)
+    return Problem(model, nn.MSELoss(), train.to(device), test.to(device), floor)
+
+
+def _frequencies(size: int) -> Tensor:
+    """The length of the frequency at every place of a two-dimensional Fourier transform."""
+    k = torch.fft.fftfreq(size, d=1 / size, dtype=torch.float64)
+    return torch.hypot(k.unsqueeze(1), k)  # (size, size)
+
+
+def _colour_images(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Clouds, whose amplitude falls with the frequency as that of photographs does."""
+    noise = torch.fft.fft2(_normal(generator, count, 3, size, size))
+    images: Tensor = torch.fft.ifft2(noise / (1 + _frequencies(size))).real
+    return images
+
+
+def _blurred(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each colour out of focus by its own width, all three bled into each other, and noise."""
+    widths = torch.tensor([0.8, 1.0, 1.2], dtype=torch.float64).view(3, 1, 1)  # in pixels
+    size = images.shape[-1]
+    transfer = torch.exp(-0.5 * (2 * math.pi / size * widths * _frequencies(size)).square())
+    blurred = torch.fft.ifft2(torch.fft.fft2(images) * transfer).real
+    bleeding = torch.eye(3, dtype=torch.float64) + 0.3 * _normal(generator, 3, 3)
+    mixed = torch.einsum("oc,nchw->nohw", bleeding, blurred)
+    return mixed + 0.01 * _normal(generator, *images.shape)
+
+
+def _tiled(data: Examples, reach: int) -> Examples:
+    """The same data with a row for each location: the circular window around it, its target."""
+    padded = F.pad(data.x, (reach,) * 4, mode="circular")
+    windows = F.unfold(padded, 2 * reach + 1)  # (N, channels × window, locations)
+    return Examples(windows.mT.flatten(0, 1), data.y.flatten(2).mT.flatten(0, 1))
+
+
+def circular_deconvolution(seed: int, device: torch.device) -> Problem:
+    generator = torch.Generator().manual_seed(DATA_SEED)
+    y = _colour_images(64, 16, generator)
+    x = _blurred(y, generator)
+    train, test = Examples(x[:32], y[:32]), Examples(x[32:], y[32:])
+    with _drawn_by(seed):
+        model = nn.Conv2d(3, 3, 5, padding=2, padding_mode="circular").to(device, torch.float64)
+    floor = _least_squares_floor(_tiled(train, reach=2), bias=True)
+    return Problem(model, nn.MSELoss(), train.to(device), test.to(device), floor)
+
+
+def _spirals(count: int, generator: torch.Generator) -> Examples:
+    """Two arms that wind one and a half times around each other, with a little noise."""
+    label = torch.arange(count) % 2
+    angle = 3 * math.pi * torch.rand(count, generator=generator).sqrt()
+    turned = angle + math.pi * label
+    arm = torch.stack([turned.cos(), turned.sin()], 1) * (angle / (3 * math.pi)).unsqueeze(1)
+    x = arm + 0.01 * torch.randn(count, 2, generator=generator)
+    return Examples(x, label.float().unsqueeze(1))
+
+
+def two_spirals(seed: int, device: torch.device) -> Problem:
+    generator = torch.Generator().manual_seed(DATA_SEED)
+    train, test = _spirals(500, generator), _spirals(500, generator)
+    model = _network((2, 64, 64, 1), nn.Tanh, seed).to(device)
+    return Problem(model, nn.BCEWithLogitsLoss(), train.to(device), test.to(device))
