@@ -43,9 +43,7 @@ class Geometry:
         """A view of all windows of a prepared input: (N, C, *locations, *kernel)."""
         size, strides = prepared.shape[2:], prepared.stride()[2:]
         reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True)]
-        locations = [
-            (n - r) // s + 1 for n, r, s in zip(size, reach, self.stride, strict=True)
-        ]
+        locations = [(n - r) // s + 1 for n, r, s in zip(size, reach, self.stride, strict=True)]
         steps = [a * b for a, b in zip(strides, self.stride, strict=True)]
         inner = [a * b for a, b in zip(strides, self.dilation, strict=True)]
         return prepared.as_strided(
