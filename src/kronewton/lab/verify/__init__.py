@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from kronewton.lab.verify import kfac, linear, losses, piecewise
+from kronewton.lab.verify import convolution, kfac, linear, losses, piecewise
 from kronewton.lab.verify.checks import (
     APART,
     EXACT,
@@ -15,6 +15,7 @@ from kronewton.lab.verify.checks import (
     Check,
     Result,
     Source,
+    Told,
     distance,
     table,
 )
@@ -27,12 +28,13 @@ __all__ = [
     "Check",
     "Result",
     "Source",
+    "Told",
     "distance",
     "run",
     "table",
 ]
 
-SECTIONS = (linear.SECTION, piecewise.SECTION, losses.SECTION, kfac.SECTION)
+SECTIONS = (linear.SECTION, piecewise.SECTION, convolution.SECTION, losses.SECTION, kfac.SECTION)
 CHECKS = [check for section in SECTIONS for check in section.checks]
 
 

@@ -92,6 +92,17 @@ class Source:
         return torch.randint(count, shape, generator=self.generator).to(self.device)
 
 
+class Told(float):
+    """A residual with a few words on it for the table."""
+
+    words: str
+
+    def __new__(cls, residual: float, words: str) -> Told:
+        told = super().__new__(cls, residual)
+        told.words = words
+        return told
+
+
 Residuals = Callable[[Source], Iterator[float]]
 
 
@@ -105,6 +116,7 @@ class Result:
     bound: str
     instances: int
     passed: bool
+    words: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,7 +134,10 @@ class Check:
         # max and min drop a NaN or keep it, by where it stands.
         worst = math.nan if any(map(math.isnan, found)) else self.bound.worst(found)
         passed = self.bound.holds(worst)
-        return Result(self.section, self.identity, worst, str(self.bound), len(found), passed)
+        words = worst.words if isinstance(worst, Told) else ""
+        return Result(
+            self.section, self.identity, float(worst), str(self.bound), len(found), passed, words
+        )
 
 
 @dataclass(frozen=True)
@@ -153,7 +168,8 @@ def table(results: Sequence[Result]) -> Table:
             shown.add_row(f"[bold]{escape(section)}[/]")
         verdict = "[green]holds[/]" if r.passed else "[bold red]FAILS[/]"
         numbers = (str(r.instances), f"{r.residual:.1e}", r.bound)
-        shown.add_row(escape(r.identity), *numbers, verdict)
+        identity = f"{r.identity}: {r.words}" if r.words else r.identity
+        shown.add_row(escape(identity), *numbers, verdict)
     return shown
 
 
