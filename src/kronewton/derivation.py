@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from kronewton import given
-from kronewton.conjugate import PLAIN, Ending, Product, conjugate_gradients, seems_singular
+from kronewton.conjugate import PLAIN, Product, conjugate_gradients, seems_singular
+from kronewton.conjugate import Ending as Ending
 from kronewton.conjugate import Solver as Solver
 from kronewton.errors import ModelError
 from kronewton.tiling import Tying as Tying
@@ -234,7 +235,8 @@ def channels_outermost(K: Tensor, m: int, channels: int) -> Tensor:
     That is dW/dU where W (nS, C_out) = K₁ U and U (C_in·k, C_out) have a column for every output
     channel, and vec(U) = u. K₁ is the tiling matrix of a convolution with one output channel.
     """
-    K = K.coalesce()
+    given.check_channels(K, m, channels)
+    K = K.to_sparse_coo().coalesce()
     row, column = K.indices()
     j, channel, s = row // m, row % m // (m // channels), row % (m // channels)
     row = channel * (len(K) // channels) + j * (m // channels) + s
@@ -283,6 +285,7 @@ def expand(tying: Tying, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     s' of U'; this keeps the terms with s = s' and takes a mean of products for the product of
     means (KFC, Grosse & Martens 2016). Exact for S = 1.
     """
+    given.fit_tying(tying.shape, A, B)
     a, b = tying.read(A), tying.made(B)  # (groups, S, d_in, N), (groups, S, d_out, p)
     AA = torch.einsum("gsiN,gsjN->gij", a, a) / a.shape[1]
     return AA, torch.einsum("gsop,gsqp->goq", b, b)
@@ -327,6 +330,7 @@ def newton_step_tied(
     preconditioned one the step that is shortest in the preconditioner's norm. A KronewtonWarning
     says so, and also if the residual did not come down to the solver's tolerance.
     """
+    given.fit_tying(tying.shape, A, B)
     K = tying.matrix(u.dtype)
     g = tied_gradient(u, K, A, B, Y)
     given.check_finite(u=u, A=A, B=B, Y=Y)

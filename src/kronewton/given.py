@@ -123,6 +123,26 @@ def fit_tiling(K: Tensor, A: Tensor, B: Tensor, u: Tensor | None = None) -> None
         )
 
 
+def fit_tying(shape: tuple[int, int], A: Tensor, B: Tensor) -> None:
+    """Raise ModelError unless a tying's W (m, n) stands between A (n, N) and B (m, p)."""
+    fit(A=A, B=B)
+    if shape != (len(B), len(A)):
+        raise ModelError(
+            f"the tying is of a W {shape}, A has shape {tuple(A.shape)} and B {tuple(B.shape)}; "
+            f"A ({shape[1]}, N) and B ({shape[0]}, p) are allowed. n counts the inputs of the "
+            "layer and m its outputs, all positions together."
+        )
+
+
+def check_channels(K: Tensor, m: int, channels: int) -> None:
+    if channels < 1 or m < 1 or m % channels or len(K) % m:
+        raise ModelError(
+            f"m={m}, channels={channels} and a K of {len(K)} rows are given; m = channels·S and "
+            "mn rows are allowed. Give the number of outputs of one example and the convolution's "
+            "out_channels."
+        )
+
+
 def check_blocks(A: Tensor, B: Tensor, Lambda: Tensor | None) -> None:
     check_dtypes({"A": A, "B": B} if Lambda is None else {"A": A, "B": B, "Lambda": Lambda})
     if A.dim() != 2 or B.dim() != 3 or len(A) != len(B):

@@ -209,7 +209,7 @@ def tied_convolution(conv: nn.Module, input_shape: tuple[int, ...]) -> Tying:
     return Tying((m, n), inputs.long() - 1, outputs, _entries(conv))
 
 
-def tied_calls(d_out: int, d_in: int, calls: int) -> Tying:
+def tied_calls(d_out: int, d_in: int, calls: int, device: torch.device | str = "cpu") -> Tying:
     """A d_out × d_in matrix used in several calls or on several tokens: W has it on its diagonal.
 
     The inputs of one call stand together, and so do its outputs; u is the matrix row by row, as
@@ -221,8 +221,10 @@ def tied_calls(d_out: int, d_in: int, calls: int) -> Tying:
             "allowed. Give the two sides of the weight and how often it is used."
         )
     _refuse_above_limit(calls * d_out * d_in, 8)
-    inputs, outputs = (torch.arange(calls * d).reshape(1, calls, d) for d in (d_in, d_out))
-    entries = torch.arange(d_out * d_in).reshape(1, d_out, d_in)
+    inputs, outputs = (
+        torch.arange(calls * d, device=device).reshape(1, calls, d) for d in (d_in, d_out)
+    )
+    entries = torch.arange(d_out * d_in, device=device).reshape(1, d_out, d_in)
     return Tying((calls * d_out, calls * d_in), inputs, outputs, entries)
 
 

@@ -134,7 +134,8 @@ def calls(source: Source, sizes: tuple[tuple[int, int], ...]) -> Iterator[Tied]:
     for (d_out, d_in, S), (N, p) in product(((2, 3, 4), (3, 2, 1), (1, 4, 3)), sizes):
         linear = made(source, nn.Linear(d_in, d_out, bias=False, **META))
         forward = of_weight(linear, (S, d_in))
-        yield filled(source, note.tied_calls(d_out, d_in, S), forward, N, p)
+        tying = note.tied_calls(d_out, d_in, S, source.device)
+        yield filled(source, tying, forward, N, p)
 
 
 def tied(source: Source, sizes: tuple[tuple[int, int], ...]) -> Iterator[Tied]:
