@@ -1,4 +1,4 @@
-"""The note, equation by equation, on plain tensors: sections 1 and 2.
+"""The note, equation by equation, on plain tensors.
 
 "KFAC derivation as Newton step" (Yaroslav Bulatov, 2017). Its letters, its order, its layout:
 vec(W) stacks the columns of W. Nothing here is fast and everything is exact, so that the tests
@@ -7,20 +7,25 @@ and `kronewton verify` can hold the library against it.
 
 from __future__ import annotations
 
-import math
-import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kronewton.errors import KronewtonWarning, ModelError, OptionError
+from kronewton import given
+from kronewton.conjugate import PLAIN, Product, conjugate_gradients, seems_singular
+from kronewton.conjugate import Ending as Ending
+from kronewton.conjugate import Solver as Solver
+from kronewton.errors import ModelError
+from kronewton.tiling import Tying as Tying
+from kronewton.tiling import tied_calls as tied_calls
+from kronewton.tiling import tied_convolution as tied_convolution
 
 # 1. Linear network: Y ≈ B'WA.
 #
 # A (n, N) has one example per column, W (m, n) is the layer to train, B' (p, m) is all that comes
 # after it, Y (p, N) are the targets.
-SIDES = {"W": "mn", "dW": "mn", "A": "nN", "B": "mp", "Y": "pN"}
 
 
 def vec(W: Tensor) -> Tensor:
@@ -35,7 +40,7 @@ def unvec(w: Tensor, m: int, n: int) -> Tensor:
 
 def error(W: Tensor, A: Tensor, B: Tensor, Y: Tensor) -> Tensor:
     """e = Y − B'WA, (p, N)."""
-    _fit(W=W, A=A, B=B, Y=Y)
+    given.fit(W=W, A=A, B=B, Y=Y)
     return Y - B.mT @ W @ A
 
 
@@ -47,7 +52,7 @@ def loss(W: Tensor, A: Tensor, B: Tensor, Y: Tensor) -> Tensor:
 
 def differential_of_error(dW: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """de = −B' dW A, (p, N)."""
-    _fit(dW=dW, A=A, B=B)
+    given.fit(dW=dW, A=A, B=B)
     return -(B.mT @ dW @ A)
 
 
@@ -67,13 +72,13 @@ def gradient(W: Tensor, A: Tensor, B: Tensor, Y: Tensor) -> Tensor:
 
 def differential_of_gradient(dW: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """dG = −B de A' = BB' dW AA', (m, n)."""
-    _fit(dW=dW, A=A, B=B)
+    given.fit(dW=dW, A=A, B=B)
     return (B @ B.mT) @ dW @ (A @ A.mT)
 
 
 def hessian(A: Tensor, B: Tensor) -> Tensor:
     """H = AA' ⊗ BB', (mn, mn): vec(dG) = H vec(dW). For small cases, it has (mn)² entries."""
-    _fit(A=A, B=B)
+    given.fit(A=A, B=B)
     return torch.kron(A @ A.mT, B @ B.mT)
 
 
@@ -84,12 +89,12 @@ def newton_step(W: Tensor, A: Tensor, B: Tensor, Y: Tensor, damping: float = 0.0
     is singular its pseudo-inverse takes the step of least norm to one of the optima, and a
     KronewtonWarning says so. The damping λ is in units of the loss, and exact.
     """
-    _check_damping(damping)
+    given.check_damping(damping)
     G = gradient(W, A, B, Y)
-    _check_finite(W=W, A=A, B=B, Y=Y)
+    given.check_finite(W=W, A=A, B=B, Y=Y)
     (s_A, U_A), (s_B, U_B) = _eigen(A), _eigen(B)
     if damping == 0:
-        _warn_if_singular(A, s_A, B, s_B)
+        given.warn_if_singular(A, s_A, B, s_B)
     # H = (U_A ⊗ U_B) diag(s_A ⊗ s_B) (U_A ⊗ U_B)', and G = −B e A' has no part outside of it.
     curvature = torch.outer(s_B, s_A) + damping
     return W - U_B @ ((U_B.mT @ G @ U_A) / curvature) @ U_A.mT
@@ -120,9 +125,9 @@ def jacobian_blocks(model: nn.Module, layer: nn.Linear | str, x: Tensor) -> tupl
     name; the entry 1 that a bias adds to A_i is left to the caller. Raises ModelError where a
     layer has no such blocks: called twice, on (N, S, d_in), or in a network that mixes examples.
     """
-    name, linear = _find(model, layer)
+    name, linear = given.find_linear(model, layer)
     A, y, z = _watched_forward(model, name, linear, x)
-    _check_call(A, z, name)
+    given.check_call(A, z, name)
     z = z.reshape(len(z), -1)  # (N, p)
     _refuse_mixed_examples(y, z, name)
     # Examples don't mix, so that one backward pass gives a column of every B_i.
@@ -153,7 +158,7 @@ def kronecker_block(A: Tensor, B: Tensor, Lambda: Tensor | None = None) -> Tenso
 
 
 def _curved(A: Tensor, B: Tensor, Lambda: Tensor | None) -> Tensor:
-    _check_blocks(A, B, Lambda)
+    given.check_blocks(A, B, Lambda)
     return B @ B.mT if Lambda is None else B @ Lambda @ B.mT
 
 
@@ -183,143 +188,6 @@ def _watched_forward(
     return *calls[0], z
 
 
-def _pull(scalar: Tensor, y: Tensor) -> Tensor:
-    (pulled,) = torch.autograd.grad(
-        scalar, y, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    return pulled
-
-
-# What may be given.
-
-
-def _fit(**given: Tensor) -> None:
-    """Raise ModelError unless every letter in SIDES has one size in all the given matrices."""
-    _check_dtypes(given)
-    sizes: dict[str, set[int]] = {}
-    for name, matrix in given.items():
-        if matrix.dim() != 2:
-            raise ModelError(
-                f"{name} has shape {tuple(matrix.shape)}; a matrix ({', '.join(SIDES[name])}) is "
-                "allowed. Give a single example as a matrix of one column."
-            )
-        for side, size in zip(SIDES[name], matrix.shape, strict=True):
-            sizes.setdefault(side, set()).add(size)
-    torn = [
-        f"{side} is {' and '.join(map(str, sorted(s)))}" for side, s in sizes.items() if len(s) > 1
-    ]
-    if torn:
-        shapes = ", ".join(
-            f"{name} ({', '.join(SIDES[name])}) is {tuple(matrix.shape)}"
-            for name, matrix in given.items()
-        )
-        raise ModelError(
-            f"the shapes do not fit the model Y ≈ B'WA: {shapes}, so that {'; '.join(torn)}. One "
-            "size per letter is allowed; check what is transposed."
-        )
-
-
-def _check_dtypes(given: dict[str, Tensor]) -> None:
-    kinds = {(tensor.dtype, tensor.device) for tensor in given.values()}
-    if len(kinds) == 1 and kinds.pop()[0] in (torch.float32, torch.float64):
-        return
-    told = ", ".join(f"{name} is {t.dtype} on {t.device}" for name, t in given.items())
-    raise ModelError(
-        f"{told}; float32 or float64, the same for all and on one device, is allowed. Convert "
-        "them with .to(device, dtype)."
-    )
-
-
-def _check_finite(**given: Tensor) -> None:
-    broken = [name for name, matrix in given.items() if not bool(torch.isfinite(matrix).all())]
-    if broken:
-        raise ModelError(
-            f"{' and '.join(broken)} holds NaN or infinity; finite numbers are allowed. Check the "
-            "data that it was made from."
-        )
-
-
-def _check_damping(damping: float) -> None:
-    if not 0 <= damping < math.inf:
-        raise OptionError(
-            f"damping={damping}; a finite number from 0 up is allowed. Give 0 for the note's own "
-            "step, or a positive number in units of the loss."
-        )
-
-
-def _warn_if_singular(A: Tensor, s_A: Tensor, B: Tensor, s_B: Tensor) -> None:
-    n, m = len(A), len(B)
-    if (len(s_A), len(s_B)) != (n, m):
-        warnings.warn(
-            f"AA' ({n}×{n}) has rank {len(s_A)} and BB' ({m}×{m}) has rank {len(s_B)}: the optimum "
-            "is not unique. The pseudo-inverse was used: the shortest step that reaches one. Give "
-            "damping > 0 for a matrix that has an inverse.",
-            KronewtonWarning,
-            stacklevel=3,
-        )
-
-
-def _check_blocks(A: Tensor, B: Tensor, Lambda: Tensor | None) -> None:
-    _check_dtypes({"A": A, "B": B} if Lambda is None else {"A": A, "B": B, "Lambda": Lambda})
-    if A.dim() != 2 or B.dim() != 3 or len(A) != len(B):
-        raise ModelError(
-            f"A has shape {tuple(A.shape)} and B has shape {tuple(B.shape)}; A (N, n) and "
-            "B (N, m, p) with the same N are allowed. `jacobian_blocks` returns them so."
-        )
-    N, p = len(B), B.shape[2]
-    if Lambda is not None and Lambda.shape not in ((N, p, p), (p, p)):
-        raise ModelError(
-            f"Lambda has shape {tuple(Lambda.shape)} and B has shape {tuple(B.shape)}; "
-            f"({N}, {p}, {p}), or ({p}, {p}) for all examples, is allowed. Give the Hessian of "
-            "each example's loss in its own outputs."
-        )
-
-
-def _find(model: nn.Module, layer: nn.Linear | str) -> tuple[str, nn.Linear]:
-    modules = dict(model.named_modules())
-    linears = [f"'{name}'" for name, module in modules.items() if isinstance(module, nn.Linear)]
-    allowed = f"its nn.Linear layers are {', '.join(linears) or 'none'}. Choose one of them."
-    name = next((name for name, module in modules.items() if layer in (name, module)), None)
-    if name is None:
-        given = f"named '{layer}'" if isinstance(layer, str) else f"that is this {layer}"
-        raise ModelError(f"{type(model).__name__} has no layer {given}; {allowed}")
-    linear = modules[name]
-    if not isinstance(linear, nn.Linear):
-        raise ModelError(f"layer '{name}' is of type {type(linear).__name__}; {allowed}")
-    tied = [f"'{other}'" for other, module in modules.items() if _owns(module, linear.weight)]
-    if len(tied) > 1:
-        raise ModelError(
-            f"layers {' and '.join(tied)} share one weight; a weight of one layer is allowed. "
-            "Choose another layer, or give each a weight of its own."
-        )
-    return name, linear
-
-
-def _owns(module: nn.Module, weight: Tensor) -> bool:
-    return any(p is weight for p in module.parameters(recurse=False))
-
-
-def _check_call(A: Tensor, z: Any, name: str) -> None:
-    if A.dim() != 2:
-        raise ModelError(
-            f"the input of layer '{name}' has shape {tuple(A.shape)}; (N, d_in) is allowed, one "
-            "row per example. Give a single example as a batch of one; a weight that is used at "
-            "several positions of an example has no single A_i."
-        )
-    told = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"type {type(z).__name__}"
-    if not isinstance(z, Tensor) or z.dim() == 0 or len(z) != len(A) or z.numel() == 0:
-        raise ModelError(
-            f"the output of the network has {told}; a tensor ({len(A)}, …) is allowed, one row "
-            f"for each row that layer '{name}' was given. Wrap the network in a module that "
-            "returns it."
-        )
-    if not z.requires_grad:
-        raise ModelError(
-            f"the output of the network has no gradient in the output of layer '{name}'; a "
-            "network that autograd follows is allowed. Take out detach, no_grad and argmax."
-        )
-
-
 def _refuse_mixed_examples(y: Tensor, z: Tensor, name: str) -> None:
     """Raise ModelError if the first or the last example's output depends on another example."""
     # Uneven weights: an output that sums to one, like softmax, would hide everything in its sum.
@@ -332,3 +200,163 @@ def _refuse_mixed_examples(y: Tensor, z: Tensor, name: str) -> None:
                 "while training; a network that maps each example by itself is allowed. Call "
                 "model.eval(), or give a batch of one."
             )
+
+
+def _pull(scalar: Tensor, y: Tensor) -> Tensor:
+    (pulled,) = torch.autograd.grad(
+        scalar, y, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return pulled
+
+
+# 3. Convolution: a matrix product whose matrix repeats its parameters, vec(W) = K u.
+#
+# u (q) is the kernel as torch flattens it, K (mn, q) the tiling matrix, sparse. With the output
+# channel outermost one K₁ serves every channel: dW/dU = I ⊗ K₁. Whatever else repeats its
+# parameters has a K too (see `Tying`), and all that follows takes it.
+
+CHUNK = 2**22  # entries of W in all columns of K that are in hand at once
+
+
+def tiling_matrix(conv: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
+    """K (mn, q), sparse, with conv(x) = unvec(K u) x + bias for flattened x and conv(x).
+
+    For nn.Conv1d, 2d, 3d and nn.ConvTranspose1d, 2d, 3d with any of their options, in the
+    weight's dtype. input_shape is (C_in, *spatial); a batch size in front is ignored.
+    """
+    tying = tied_convolution(conv, input_shape)
+    assert isinstance(conv.weight, Tensor)
+    return tying.matrix(conv.weight.dtype)
+
+
+def channels_outermost(K: Tensor, m: int, channels: int) -> Tensor:
+    """The rows of K reordered, the output channel outermost: I ⊗ K₁ for a convolution.
+
+    That is dW/dU where W (nS, C_out) = K₁ U and U (C_in·k, C_out) have a column for every output
+    channel, and vec(U) = u. K₁ is the tiling matrix of a convolution with one output channel.
+    """
+    given.check_channels(K, m, channels)
+    K = K.to_sparse_coo().coalesce()
+    row, column = K.indices()
+    j, channel, s = row // m, row % m // (m // channels), row % (m // channels)
+    row = channel * (len(K) // channels) + j * (m // channels) + s
+    index = torch.stack([row, column])
+    return torch.sparse_coo_tensor(index, K.values(), K.shape, check_invariants=False).coalesce()
+
+
+def tied_gradient(u: Tensor, K: Tensor, A: Tensor, B: Tensor, Y: Tensor) -> Tensor:
+    """g = K'vec(G), (q), with G = −B e A' at vec(W) = K u."""
+    given.fit_tiling(K, A, B, u)
+    W = unvec(K @ u, len(B), len(A))
+    return K.mT @ vec(gradient(W, A, B, Y))
+
+
+def convolution_product(K: Tensor, A: Tensor, B: Tensor) -> Product:
+    """v ↦ H_u v = K' vec(BB' unvec(K v) AA'), for v (q) or columns (q, ·): no H_u is formed."""
+    given.fit_tiling(K, A, B)
+    return _through(K, A @ A.mT, B @ B.mT)
+
+
+def convolution_hessian(K: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """H_u = K'(AA' ⊗ BB')K, (q, q), for A (n, N) and B (m, p): the chain rule, K a few columns
+    at a time."""
+    given.fit_tiling(K, A, B)
+    return _dense(K, A @ A.mT, B @ B.mT)
+
+
+def distributed_inverse(K: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """K⁺((AA')⁻¹ ⊗ (BB')⁻¹)K⁺', (q, q): what H_u⁻¹ would be if the inverse went through K.
+
+    It is not, unless K is square: where parameters repeat, the sum over their places comes
+    before the inverse. K⁺ = (K'K)⁻¹K'.
+    """
+    given.fit_tiling(K, A, B)
+    AA, BB = (torch.linalg.pinv(X @ X.mT, hermitian=True) for X in (A, B))
+    KK = _dense(K, *(torch.eye(len(X), dtype=X.dtype, device=X.device) for X in (A, B)))
+    half: Tensor = torch.linalg.solve(KK, _dense(K, AA, BB))
+    inverse: Tensor = torch.linalg.solve(KK, half.mT)
+    return inverse
+
+
+def expand(tying: Tying, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Â = 1/S Σ_s C_sAA'C_s', B̂ = Σ_s R_sBB'R_s', one for each group: H_u ≈ Â ⊗ B̂ on vec(U).
+
+    (groups, d_in, d_in) and (groups, d_out, d_out). H_u is a sum over two positions, s of U and
+    s' of U'; this keeps the terms with s = s' and takes a mean of products for the product of
+    means (KFC, Grosse & Martens 2016). Exact for S = 1.
+    """
+    given.fit_tying(tying.shape, A, B)
+    a, b = tying.read(A), tying.made(B)  # (groups, S, d_in, N), (groups, S, d_out, p)
+    AA = torch.einsum("gsiN,gsjN->gij", a, a) / a.shape[1]
+    return AA, torch.einsum("gsop,gsqp->goq", b, b)
+
+
+def kronecker_preconditioner(tying: Tying, A: Tensor, B: Tensor, damping: float = 0.0) -> Product:
+    """r ↦ (Â ⊗ B̂ + λI)⁻¹r, exactly, with the factors of `expand`.
+
+    Eigenvalues of Â ⊗ B̂ near zero are raised to √eps times the largest of the group: where it is
+    singular an inverse would follow rounding.
+    """
+    given.check_damping(damping)
+    (s_A, U_A), (s_B, U_B) = map(torch.linalg.eigh, expand(tying, A, B))
+    s = s_B.unsqueeze(2) * s_A.unsqueeze(1)  # (groups, d_out, d_in)
+    least = torch.finfo(s.dtype).eps ** 0.5 * s.amax((1, 2), keepdim=True)
+    curvature = s.clamp(min=torch.where(least > 0, least, 1.0)) + damping
+
+    def precondition(r: Tensor) -> Tensor:
+        R = U_B.mT @ tying.small(r) @ U_A
+        return tying.flat(U_B @ (R / curvature) @ U_A.mT)
+
+    return precondition
+
+
+@dataclass(frozen=True)
+class TiedStep:
+    """The u after one Newton step, and how well the step was found."""
+
+    u: Tensor  # (q)
+    iterations: int
+    residual: float  # ‖g + (H_u + λI)d‖ / ‖g‖ of the step d
+    singular: bool  # H_u + λI, as far as a random direction tells
+    ending: Ending
+
+
+def newton_step_tied(
+    u: Tensor, tying: Tying, A: Tensor, B: Tensor, Y: Tensor, solver: Solver = PLAIN
+) -> TiedStep:
+    """u − (H_u + λI)⁻¹g by conjugate gradients: with λ = 0 a least-squares optimum from any u.
+
+    Where H_u is singular the plain method takes the shortest step to one of the optima, and a
+    preconditioned one the step that is shortest in the preconditioner's norm. A KronewtonWarning
+    says so, and also if the residual did not come down to the solver's tolerance.
+    """
+    given.fit_tying(tying.shape, A, B)
+    K = tying.matrix(u.dtype)
+    g = tied_gradient(u, K, A, B, Y)
+    given.check_finite(u=u, A=A, B=B, Y=Y)
+    product = convolution_product(K, A, B)
+    found = conjugate_gradients(product, -g, solver)
+    singular = solver.damping == 0 and seems_singular(product, u, solver)
+    if singular:
+        given.warn_of_singular_tying(len(u), solver)
+    if found.ending is not Ending.CONVERGED:
+        given.warn_of_ending(found, solver)
+    return TiedStep(u + found.x, found.iterations, found.residual, singular, found.ending)
+
+
+def _through(K: Tensor, AA: Tensor, BB: Tensor) -> Product:
+    """v ↦ K'(AA ⊗ BB)K v for v (q) or columns (q, ·)."""
+    K_transposed = K.mT.coalesce() if K.layout is torch.sparse_coo else K.mT  # sorted only once
+
+    def product(v: Tensor) -> Tensor:
+        W = K @ (v if v.dim() == 2 else v.unsqueeze(1))  # (mn, ·)
+        W = W.mT.reshape(-1, len(AA), len(BB)).mT  # (·, m, n): unvec of every column
+        G = (BB @ W @ AA).mT.flatten(1).mT  # (mn, ·): vec of every matrix
+        return (K_transposed @ G).reshape(v.shape)
+
+    return product
+
+
+def _dense(K: Tensor, AA: Tensor, BB: Tensor) -> Tensor:
+    product, eye = _through(K, AA, BB), torch.eye(K.shape[1], dtype=AA.dtype, device=AA.device)
+    return torch.cat([product(few) for few in eye.split(max(1, CHUNK // len(K)), 1)], 1)
