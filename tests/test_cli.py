@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -123,7 +124,9 @@ def test_compare_rivals_of_different_lengths(
 ) -> None:
     options = ["--rivals", "kfac:10,adam:120", "--seeds", 1, "--grid-budget", 2]
     assert run("compare", "digits-mlp", *options, "--target", "auto", "--out", tmp_path) == 0
-    assert "at the end of 10 to 120 steps" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert re.match(r"Target 0\.\d+: what the best tuned rival ended with", printed)
+    assert "at the end of 10 to 120 steps" in printed
     document = json.loads((tmp_path / "digits-mlp.json").read_text())
     ends = {curve["rival"]: curve["records"][-1]["step"] for curve in document["curves"]}
     assert ends == {"kfac": 10, "adam": 120}

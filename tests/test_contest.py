@@ -202,6 +202,13 @@ def test_two_lengths_for_one_rival_are_refused() -> None:
         read_entries("sgd:100,kfac,sgd:200")
 
 
+@pytest.mark.parametrize(
+    ("value", "said"), [(236.4, "236"), (99.4, "99"), (0.01234, "0.012"), (2e6, "2e+06")]
+)
+def test_numbers_have_two_digits_or_all_before_the_point(value: float, said: str) -> None:
+    assert reports.digits(value) == said
+
+
 def test_ratios_are_to_kfac() -> None:
     report = report_of(kfac=(2, 1, 1, 1), sgd=(2, 2, 2, 1))
     slow = next(line for line in report.lines if line.rival == "sgd")

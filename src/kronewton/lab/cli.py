@@ -274,13 +274,21 @@ def _compare(plan: contest.Plan, out: Path | None, json: Path | None) -> None:
     with session.ctrl_c() as pressed:
         _advance("tuning", plan, contest.tuning_lanes(plan), contest.tune_(plan, tuned), pressed)
         if not pressed():
-            plan = contest.with_target(plan, tuned)
+            plan = _aimed(plan, tuned)
             lanes = contest.racing_lanes(plan, tuned)
             _advance("racing", plan, lanes, contest.race_(plan, tuned, raced), pressed)
         interrupted = pressed()
     _report(reports.summarise(plan, tuned, raced, interrupted), plan, raced, out, json)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+def _aimed(plan: contest.Plan, tuned: contest.Board) -> contest.Plan:
+    """The plan with a target; said aloud where tuning found it."""
+    aimed = contest.with_target(plan, tuned)
+    if aimed.target != plan.target:
+        print(f"Target {aimed.target:g}: what the best tuned rival ended with, rounded up.")
+    return aimed
 
 
 def _advance(

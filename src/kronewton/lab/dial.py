@@ -14,7 +14,7 @@ from kronewton.errors import OptionError
 from kronewton.lab import reports
 from kronewton.lab.contest import Board, Plan
 from kronewton.lab.entries import Entry
-from kronewton.lab.reports import Line, Report, figure
+from kronewton.lab.reports import Line, Report, digits
 from kronewton.lab.rivals import KFAC, Rival, find_rival
 from kronewton.lab.training import Record
 
@@ -125,7 +125,7 @@ def _cells(line: Line) -> list[str]:
 
 def _promises(notch: Notch) -> list[str]:
     values = (notch.decrease, 100 * notch.share, notch.directions)
-    shown = ["–" if math.isnan(value) else figure(value) for value in values]
+    shown = ["–" if math.isnan(value) else digits(value) for value in values]
     return [shown[0], shown[1] if math.isnan(notch.share) else f"{shown[1]} %", shown[2]]
 
 
@@ -173,4 +173,4 @@ def _steps_of(line: Line) -> str:
 
 
 def _seconds_of(line: Line) -> str:
-    return "never" if math.isinf(line.seconds.median) else f"{figure(line.seconds.median)} s"
+    return "never" if math.isinf(line.seconds.median) else f"{digits(line.seconds.median)} s"

@@ -21,7 +21,7 @@ from kronewton.errors import DataError
 from kronewton.lab.bench import StepCost
 from kronewton.lab.contest import Board, Plan
 from kronewton.lab.dial import Notch
-from kronewton.lab.reports import Line, Spread
+from kronewton.lab.reports import Line, Spread, digits
 from kronewton.lab.rivals import KFAC, Rival, family, find_rival
 from kronewton.lab.tasks import Task
 from kronewton.lab.training import Record
@@ -128,7 +128,7 @@ def _across(ax: Axes, lines: Sequence[tuple[float, Line]], right: float) -> None
 
 def _out_of_sight(ax: Axes, lines: Sequence[tuple[float, Line]]) -> None:
     """Name the rivals whose lines would lie far above the dial's points."""
-    words = [f"{line.label} {'never' if math.isinf(v) else f'{v:.3g}'}" for v, line in lines]
+    words = [f"{line.label} {'never' if math.isinf(v) else digits(v)}" for v, line in lines]
     if words:
         text = f"above: {', '.join(words)}"
         ax.text(1, 1.02, text, transform=ax.transAxes, ha="right", fontsize=8, color=INK)
@@ -255,9 +255,10 @@ def _mark_end(
 ) -> None:
     """A dot where a run of its own length ends, with what it came to."""
     step, seconds, loss, *_ = points[-1]
-    said = (f"{rival.label}, {step} steps: {loss:.2g}", f"{seconds:.2g} s")
+    said = (f"{rival.label}, {step} steps: {digits(loss)}", f"{digits(seconds)} s")
     for ax, x, text in zip(axes, (step, seconds), said, strict=True):
         ax.plot(x, loss, "o", color=colour, markersize=6, zorder=6)
+        ax.margins(y=0.12)  # room for the words under the lowest
         ax.annotate(
             text,
             (x, loss),

@@ -178,14 +178,14 @@ def steps_to_target(line: Line) -> str:
 
 
 def seconds_to_target(line: Line) -> str:
-    return _range(line.seconds, lambda value: "never" if math.isinf(value) else figure(value))
+    return _range(line.seconds, lambda value: "never" if math.isinf(value) else digits(value))
 
 
 def _end(line: Line) -> list[str]:
     cells = [
         line.label,
         f"{line.last_step:.0f}",
-        figure(line.last_seconds),
+        digits(line.last_seconds),
         _range(line.final, number),
         number(line.lowest_in_grid),
         number(line.test),
@@ -240,10 +240,10 @@ def _ratio(value: float | None) -> str:
 
 
 def number(value: float) -> str:
-    return figure(value) if math.isfinite(value) else "diverged"
+    return digits(value) if math.isfinite(value) else "diverged"
 
 
-def figure(value: float) -> str:
+def digits(value: float) -> str:
     """Two digits, or all before the point: 236, not 2.4e+02."""
     return f"{value:.0f}" if 100 <= abs(value) < 1e5 else f"{value:.2g}"
 
@@ -266,7 +266,7 @@ def verdict(report: Report) -> str:
         )
     opening = (
         f"On {name}, K-FAC with nothing set reaches {goal} in {kfac.steps.median:.0f} steps and "
-        f"{figure(kfac.seconds.median)} s ({_seeds(kfac.seeds)})"
+        f"{digits(kfac.seconds.median)} s ({_seeds(kfac.seeds)})"
     )
     if not done:
         return f"{opening}{_also_ran(kfac, others)}."
