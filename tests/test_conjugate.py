@@ -175,6 +175,15 @@ def test_singular_is_told_from_regular(scale: float) -> None:
         assert seems_singular(by(scale * H), like, Solver(preconditioner=by(torch.eye(10).to(H))))
 
 
+@pytest.mark.parametrize("number", [1e-3, 0.1, 0.7, 1.0, 3.0])
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_multiple_of_the_identity_is_regular(size: int, number: float) -> None:
+    """y is z to the last digit, and the rest without curvature."""
+    like = torch.zeros(size, dtype=F64)
+    assert not seems_singular(lambda v: number * v, like)
+    assert seems_singular(lambda v: 0 * v, like)
+
+
 def test_the_random_vector_leaves_the_callers_stream_alone() -> None:
     state = torch.get_rng_state()
     seems_singular(by(REGULAR), torch.zeros(30, dtype=F64))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ from kronewton.inverse import EigenInverse
 from kronewton.lab import verify
 from kronewton.lab.verify import CHECKS, EXACT, Check, Source
 from kronewton.losses.base import Categorical, Diagonal
+from kronewton.tiling import Tying
 from kronewton.types import Statistics
 
 CPU = torch.device("cpu")
@@ -35,6 +37,11 @@ def test_the_identity_holds(check: Check) -> None:
     assert result.passed, result
     assert result.instances > 0
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_a_singular_matrix_is_noticed_through_the_noise_of_a_preconditioner() -> None:
+    """Seed 18 draws factors whose inverse amplifies the rounding of the null direction."""
+    assert check_named("tied_singular_preconditioned").run(source(18)).passed
 
 
 # Planted mistakes: each must make the check that it is filed under fail.
@@ -99,6 +106,63 @@ def without_lambda(A: Tensor, B: Tensor, Lambda: Tensor | None = None) -> Tensor
     return HESSIAN_BLOCK(A, B)
 
 
+def laid_wrongly(change: Callable[[Tensor], Tensor]) -> Callable[..., Tying]:
+    """The entries of the kernel in other places of it."""
+
+    def wrong(*given: Any) -> Tying:
+        right = TIED_CONVOLUTION(*given)
+        return replace(right, entries=change(right.entries))
+
+    return wrong
+
+
+def turned_around(entries: Tensor) -> Tensor:
+    return entries.flip(2)
+
+
+def inputs_for_outputs(*given: Any) -> Tying:
+    """A module's own matrix transposed: right in size where it is square."""
+    right = TIED_CALLS(*given)
+    return replace(right, entries=right.entries.mT.reshape(right.entries.shape))
+
+
+def hessian_without_repetition(K: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Every entry of W for itself."""
+    diagonal = torch.kron(A.square().sum(1), B.square().sum(1))
+    return K.to_dense().T @ (diagonal.unsqueeze(1) * K.to_dense())
+
+
+def one_percent_product(K: Tensor, A: Tensor, B: Tensor) -> Callable[[Tensor], Tensor]:
+    return one_percent(CONVOLUTION_PRODUCT(K, A, B))
+
+
+def kernel_for_adjoint(u: Tensor, K: Tensor, A: Tensor, B: Tensor, Y: Tensor) -> Tensor:
+    """The sum over positions of K' replaced by its mean: K⁺ for K'."""
+    g = TIED_GRADIENT(u, K, A, B, Y)
+    return g / (K.to_dense().square().sum(0).clamp(min=1))
+
+
+def swapped_expand(tying: Tying, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    AA, BB = EXPAND(tying, A, B)
+    return BB.mT, AA.mT
+
+
+def silent_tied_step(*given: Any) -> note.TiedStep:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return NEWTON_STEP_TIED(*given)
+
+
+def undamped_tied_step(*given: Any) -> note.TiedStep:
+    *letters, solver = given
+    return silent_tied_step(*letters, replace(solver, damping=0.0))
+
+
+def one_percent_too_far(u: Tensor, *given: Any) -> note.TiedStep:
+    right = NEWTON_STEP_TIED(u, *given)
+    return replace(right, u=u + 1.01 * (right.u - u))
+
+
 def a_sum_instead_of_a_mean(stats: Statistics, part: Tensor) -> factors.Moment:
     right = INPUT_MOMENT(stats, part)
     return factors.Moment(right.total * stats.a.counts[0], right.count)
@@ -113,6 +177,9 @@ def with_damping_of_its_own(inverse: EigenInverse, G: Tensor, damping: float) ->
 
 
 JACOBIAN_BLOCKS, NEWTON_STEP = note.jacobian_blocks, note.newton_step
+TIED_CONVOLUTION, TIED_CALLS, EXPAND = note.tied_convolution, note.tied_calls, note.expand
+TIED_GRADIENT, NEWTON_STEP_TIED = note.tied_gradient, note.newton_step_tied
+CONVOLUTION_PRODUCT = note.convolution_product
 HESSIAN_BLOCK, INPUT_MOMENT, APPLY = note.hessian_block, factors._input_moment, EigenInverse.apply
 PLANTED: dict[str, list[tuple[Any, str, Any]]] = {  # by the check that must fail
     "loss": [(note, "loss", one_percent(note.loss))],
@@ -146,6 +213,41 @@ PLANTED: dict[str, list[tuple[Any, str, Any]]] = {  # by the check that must fai
     "kronecker_otherwise": [(note, "kronecker_block", note.hessian_block)],
     "kronecker_softmax": [(note, "kronecker_block", note.hessian_block)],
     "counts": [(note, "kronecker_block", two_sums)],
+    "tiling": [
+        (note, "tiling_matrix", one_percent(note.tiling_matrix)),
+        (note, "tied_convolution", laid_wrongly(turned_around)),
+    ],
+    "differential_of_tiling": [
+        (note, "tied_convolution", laid_wrongly(turned_around)),
+        (note, "tied_calls", inputs_for_outputs),
+    ],
+    "channels": [(note, "channels_outermost", lambda K, m, channels: K)],
+    "tied_gradient": [
+        (note, "tied_gradient", one_percent(note.tied_gradient)),
+        (note, "tied_gradient", kernel_for_adjoint),
+        (note, "tied_convolution", laid_wrongly(turned_around)),
+    ],
+    "tied_hessian": [
+        (note, "convolution_hessian", one_percent(note.convolution_hessian)),
+        (note, "convolution_hessian", hessian_without_repetition),
+        (note, "tied_calls", inputs_for_outputs),
+    ],
+    "matrix_free": [(note, "convolution_product", one_percent_product)],
+    "inverse_does_not_distribute": [
+        (note, "distributed_inverse", lambda K, A, B: note.convolution_hessian(K, A, B).inverse())
+    ],
+    "expand": [(note, "expand", swapped_expand)],
+    "tied_least_squares": [
+        (note, "newton_step_tied", one_percent_too_far),
+        (note, "tied_gradient", kernel_for_adjoint),
+    ],
+    "tied_singular": [
+        (note, "newton_step_tied", silent_tied_step),
+        (note, "newton_step_tied", one_percent_too_far),
+    ],
+    "tied_singular_preconditioned": [(note, "newton_step_tied", silent_tied_step)],
+    "tied_damped": [(note, "newton_step_tied", undamped_tied_step)],
+    "iterations": [(note, "kronecker_preconditioner", lambda *given: lambda r: r)],
     "columns": [
         (Categorical, "scale", property(lambda c: 1.01 * c.weigh().unsqueeze(c.dim))),
         (Diagonal, "diagonal", property(lambda d: 1.01 * d.hessian())),
@@ -235,6 +337,15 @@ def test_the_table_has_a_row_for_each_identity_and_says_what_fails() -> None:
     assert all(word in rows[0] for word in ("dG = BB' dW AA'", "1.0e-15", "≤ 1e-12", "holds"))
     assert all(word in rows[1] for word in ("H[u] = H", "1.0e-09", "≥ 1e-03", "FAILS"))
     assert "1. A section" in text
+
+
+def test_words_on_the_worst_instance_stand_in_its_row() -> None:
+    told = (verify.Told(0.1, "one and ten"), verify.Told(0.2, "two and ten"))
+    result = Check("1", "iterations", EXACT, constant(*told)).run(source())
+    assert (type(result.residual), result.residual, result.words) == (float, 0.2, "two and ten")
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(verify.table([result]))
+    assert "iterations: two and ten" in console.export_text()
 
 
 def test_distance_is_relative_to_the_largest_term() -> None:

@@ -123,11 +123,15 @@ def seems_singular(product: Product, like: Tensor, solver: Solver = PLAIN) -> bo
     """Whether some direction has no curvature, as far as one random vector z tells.
 
     H y = H z is solved for y: if H is regular then y = z, and if not then z − y is taken to zero.
+    In float64 a condition number above 1e10 or so passes for singular, in float32 one above 1e3.
     """
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
     Hz = product(z)
     rest = z - conjugate_gradients(product, Hz, solver).x
-    mean = float(z @ Hz) / float(z @ z)  # of the eigenvalues, about; the largest is ≤ len(z) means
     rounding = 10 * len(z) * torch.finfo(z.dtype).eps
-    return float(rest @ product(rest)) <= rounding * mean * float(rest @ rest)
+    size, whole = float(rest @ rest), float(z @ z)
+    if size <= rounding * whole:  # nothing is left but rounding, whose curvature says nothing
+        return False
+    mean = float(z @ Hz) / whole  # of the eigenvalues, about; the largest is up to len(z) means
+    return float(rest @ product(rest)) <= 100 * rounding * mean * size

@@ -258,8 +258,10 @@ def convolution_product(K: Tensor, A: Tensor, B: Tensor) -> Product:
 
 
 def convolution_hessian(K: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """H_u = K'(AA' ⊗ BB')K, (q, q), for A (n, N) and B (m, p): the chain rule, K a few columns
-    at a time."""
+    """H_u = K'(AA' ⊗ BB')K, (q, q), for A (n, N) and B (m, p): the chain rule.
+
+    A few columns of K at a time; the Kronecker product, (mn)² entries, is not formed.
+    """
     given.fit_tiling(K, A, B)
     return _dense(K, A @ A.mT, B @ B.mT)
 
@@ -268,14 +270,13 @@ def distributed_inverse(K: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """K⁺((AA')⁻¹ ⊗ (BB')⁻¹)K⁺', (q, q): what H_u⁻¹ would be if the inverse went through K.
 
     It is not, unless K is square: where parameters repeat, the sum over their places comes
-    before the inverse. K⁺ = (K'K)⁻¹K'.
+    before the inverse. K⁺ is (K'K)⁻¹K', and where an inverse is missing a pseudo-inverse serves.
     """
     given.fit_tiling(K, A, B)
     AA, BB = (torch.linalg.pinv(X @ X.mT, hermitian=True) for X in (A, B))
     KK = _dense(K, *(torch.eye(len(X), dtype=X.dtype, device=X.device) for X in (A, B)))
-    half: Tensor = torch.linalg.solve(KK, _dense(K, AA, BB))
-    inverse: Tensor = torch.linalg.solve(KK, half.mT)
-    return inverse
+    KK_inverse: Tensor = torch.linalg.pinv(KK, hermitian=True)
+    return KK_inverse @ _dense(K, AA, BB) @ KK_inverse
 
 
 def expand(tying: Tying, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,18 +295,18 @@ def expand(tying: Tying, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 def kronecker_preconditioner(tying: Tying, A: Tensor, B: Tensor, damping: float = 0.0) -> Product:
     """r ↦ (Â ⊗ B̂ + λI)⁻¹r, exactly, with the factors of `expand`.
 
-    Eigenvalues of Â ⊗ B̂ near zero are raised to √eps times the largest of the group: where it is
-    singular an inverse would follow rounding.
+    Eigenvalues near zero are raised to √eps times the largest of the group: where Â ⊗ B̂ is
+    singular and λ = 0 an inverse would follow rounding.
     """
     given.check_damping(damping)
     (s_A, U_A), (s_B, U_B) = map(torch.linalg.eigh, expand(tying, A, B))
-    s = s_B.unsqueeze(2) * s_A.unsqueeze(1)  # (groups, d_out, d_in)
+    s = s_B.unsqueeze(2) * s_A.unsqueeze(1) + damping  # (groups, d_out, d_in)
     least = torch.finfo(s.dtype).eps ** 0.5 * s.amax((1, 2), keepdim=True)
-    curvature = s.clamp(min=torch.where(least > 0, least, 1.0)) + damping
+    s = s.clamp(min=torch.where(least > 0, least, 1.0))  # a group of zeros has no gradient
 
     def precondition(r: Tensor) -> Tensor:
         R = U_B.mT @ tying.small(r) @ U_A
-        return tying.flat(U_B @ (R / curvature) @ U_A.mT)
+        return tying.flat(U_B @ (R / s) @ U_A.mT)
 
     return precondition
 
@@ -346,7 +347,8 @@ def newton_step_tied(
 
 def _through(K: Tensor, AA: Tensor, BB: Tensor) -> Product:
     """v ↦ K'(AA ⊗ BB)K v for v (q) or columns (q, ·)."""
-    K_transposed = K.mT.coalesce() if K.layout is torch.sparse_coo else K.mT  # sorted only once
+    K = K.to_sparse_coo().coalesce()
+    K_transposed = K.mT.coalesce()  # sorted once, not at every product
 
     def product(v: Tensor) -> Tensor:
         W = K @ (v if v.dim() == 2 else v.unsqueeze(1))  # (mn, ·)

@@ -229,7 +229,8 @@ def _tied_least_squares(source: Source) -> Iterator[float]:
     for net in tied(source, LARGE):
         best = torch.linalg.lstsq(net.design, note.vec(net.Y).unsqueeze(1)).solution.squeeze(1)
         for solver in solvers(net):
-            yield distance(note.newton_step_tied(*net.letters, solver).u, best, net.u)
+            step = note.newton_step_tied(*net.letters, solver)
+            yield math.inf if step.singular else distance(step.u, best, net.u)
 
 
 def _said_and_done(net: Tied, solver: note.Solver) -> Tensor | None:
