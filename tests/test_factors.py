@@ -210,20 +210,20 @@ def test_rotation_by_a_permutation_moves_the_eigenvalues():
 def running(basis_name: str) -> Curvature:
     model = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False))
     layers, _ = find_layers(model, {id(p) for p in model.parameters()})
-    return Curvature(layers, basis_name, 0.95)
+    return Curvature(layers, basis_name)
 
 
 @pytest.mark.parametrize("name", ["factored", "eigen", "corrected"])
 def test_a_bad_batch_is_dropped_counted_and_leaves_the_curvature_as_it_was(name):
     curvature, G = running(name), torch.randn(2, 3)
     good = {"0": [(statistics(), ONE)]}
-    curvature.learn(good)
+    curvature.learn(good, 0.95)
     curvature.refresh(["0"], 0.1)
     curvature.forget_batch()
     before, scale = curvature.apply("0", G, 0.1), curvature.scale
     bad = statistics()
     bad.b[0, 0, 0, 0] = math.nan
-    curvature.learn({"0": [(bad, ONE)]})
+    curvature.learn({"0": [(bad, ONE)]}, 0.95)
     curvature.refresh(["0"], 0.1)
     assert curvature.dropped == 1
     assert curvature.scale == scale
@@ -233,10 +233,10 @@ def test_a_bad_batch_is_dropped_counted_and_leaves_the_curvature_as_it_was(name)
 def test_corrected_eigenvalues_of_a_refreshed_basis_are_the_batch_measured_again():
     curvature = running("corrected")
     first, second = ({"0": [(statistics(N=8), ONE)]} for _ in range(2))
-    curvature.learn(first)
+    curvature.learn(first, 0.95)
     curvature.refresh(["0"], 0.1)
     curvature.forget_batch()
-    curvature.learn(second)
+    curvature.learn(second, 0.95)
     trace = float(curvature.factors["0"].s.mean.sum())
     old = curvature.inverses["0"]
     curvature.refresh(["0"], 0.1)

@@ -36,7 +36,7 @@ def test_numbers_below_zero_and_things_that_are_none(name, value):
     message = refused(name, value)
     assert message.startswith(f"{name} must be a number ≥ 0")
     assert repr(value) in message
-    assert ("'auto'" in message) is (name in AUTOMATIC)
+    assert ("'auto'" in message) is (name in (*AUTOMATIC, "factor_decay"))
     assert ("or None" in message) is (name == "trust_region")
 
 
@@ -45,7 +45,7 @@ def test_none_is_for_the_trust_region_only(name):
     assert refused(name, None).endswith("not None.")
 
 
-@pytest.mark.parametrize("name", ["weight_decay", "factor_decay", "fallback_lr"])
+@pytest.mark.parametrize("name", ["weight_decay", "fallback_lr"])
 def test_auto_is_not_for_every_number(name):
     assert refused(name, "auto").endswith("not 'auto'.")
 

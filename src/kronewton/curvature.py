@@ -46,13 +46,11 @@ def due_in_turn(step: int, every: int, names: Sequence[str]) -> set[str]:
 class Curvature:
     """Running factors and inverses by layer name, in one of the three bases."""
 
-    def __init__(
-        self, layers: Sequence[Layer], basis: str, decay: float, sharing: str = "expand"
-    ) -> None:
+    def __init__(self, layers: Sequence[Layer], basis: str, sharing: str = "expand") -> None:
         self.layers = {layer.name: layer for layer in layers}
         self.sharing = sharing
         self._build = best_factors if sharing == "best" else batch_factors
-        self.basis, self.decay = basis, decay
+        self.basis = basis
         self.factors: dict[str, Factors] = {}
         self.inverses: dict[str, Inverse] = {}
         self._batch: dict[str, Sequence[Observation]] = {}  # what was learnt in this step
@@ -60,8 +58,11 @@ class Curvature:
         self.dropped = 0  # batches of a layer left out because they were not finite
         self.failed = 0  # inversions that failed, the last good one being kept
 
-    def learn(self, observations: Mapping[str, Sequence[Observation]]) -> None:
-        """Add one batch to the running factors of every layer that took part in it."""
+    def learn(self, observations: Mapping[str, Sequence[Observation]], decay: float) -> None:
+        """Add one batch to the running factors of every layer that took part in it.
+
+        decay: the weight of what is known so far, against one for the batch.
+        """
         for name, seen in observations.items():
             seen = all_reduced(seen) if self.sharing == "reduce" else seen
             batch = self._build(seen)
@@ -69,19 +70,21 @@ class Curvature:
                 self.dropped += 1
             elif bool(batch.A.count > 0):
                 self._batch[name] = seen
-                self._learn_layer(name, batch, seen)
+                self._learn_layer(name, batch, seen, decay)
         if observations and self.factors:
             trace = torch.stack([f.trace() for f in self.factors.values()]).sum()
             self.scale = float(trace) / sum(f.size for f in self.factors.values())
 
-    def _learn_layer(self, name: str, batch: Factors, seen: Sequence[Observation]) -> None:
+    def _learn_layer(
+        self, name: str, batch: Factors, seen: Sequence[Observation], decay: float
+    ) -> None:
         before = self.factors.get(name)
         basis = self.inverses.get(name)
         if self.basis == "corrected":
             if not isinstance(basis, EigenInverse):
                 basis = eigen_basis(batch.A.mean, batch.B.mean, name)
             batch = with_corrected(batch, seen, basis.U_A, basis.U_B)
-        running = batch if before is None else before.then(batch, self.decay)
+        running = batch if before is None else before.then(batch, decay)
         self.factors[name] = running
         if isinstance(basis, EigenInverse) and running.s is not None:
             self.inverses[name] = replace(basis, s=running.s.mean)

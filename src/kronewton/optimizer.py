@@ -66,9 +66,9 @@ class KFAC(Optimizer):
     curvature_batches: how many of the last batches make up the quadratic model's curvature.
     basis: "factored" (π-damped factors), "eigen" ((B ⊗ A + damping·I)⁻¹ exactly) or "corrected"
         (the same with the exact block's diagonal in that basis, EKFAC).
-    factor_every, inverse_every: steps between renewals ("auto": 5 and 20, with noise 10 and 40);
-        adapt_every: between decisions on the damping.
+    factor_every, inverse_every: steps between renewals. adapt_every: between decisions on λ.
     factor_decay: weight of the running factors against one new batch.
+        "auto" goes by what is known of the noise between batches: see docs/adaptation.md.
     draws: backward passes for "sampled". seed: of the draws' own random generator.
     fallback_lr: of the AdamW that trains parameters of uncovered kinds, see `coverage()`.
     strict: refuse a model that needs the fallback.
@@ -95,8 +95,8 @@ class KFAC(Optimizer):
         curvature_batches: int = 1,
         factor_every: int | str = AUTO,
         inverse_every: int | str = AUTO,
-        adapt_every: int = 5,
-        factor_decay: float = 0.95,
+        adapt_every: int | str = AUTO,
+        factor_decay: float | str = AUTO,
         draws: int = 1,
         fallback_lr: float = 1e-3,
         strict: bool = False,
@@ -148,7 +148,7 @@ class KFAC(Optimizer):
         self._generator.manual_seed(options.seed)
         mode = options.fisher if criterion is not None else "empirical"
         self._fisher = Fisher(mode, options.draws, self._generator)
-        self._curvature = Curvature(layers, options.basis, options.factor_decay, options.sharing)
+        self._curvature = Curvature(layers, options.basis, options.sharing)
         self._watcher: Watcher | None = None
         self._planner: Planner | None = None
         if options.refine and not layers:
@@ -207,7 +207,7 @@ class KFAC(Optimizer):
         self._require_curved(parts)
         planner.look_back(parts)
         seen = by_layer((part.statistics, part.weight) for part in parts)
-        self._curvature.learn(seen)
+        self._curvature.learn(seen, planner.decay())
         if watcher.capturing:
             self._warn_of_uncalled(seen)
         gradient = flattened([_gradient(p) for p in self._parameters])

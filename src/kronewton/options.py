@@ -34,8 +34,8 @@ class Options:
     curvature_batches: int
     factor_every: int | str
     inverse_every: int | str
-    adapt_every: int
-    factor_decay: float
+    adapt_every: int | str
+    factor_decay: float | str
     draws: int
     fallback_lr: float
     strict: bool
@@ -51,16 +51,15 @@ class Options:
         _choice("fisher", self.fisher, FISHERS)
         _choice("sharing", self.sharing, SHARINGS)
         _choice("basis", self.basis, BASES)
-        for name in ("factor_every", "inverse_every"):
+        for name in ("factor_every", "inverse_every", "adapt_every"):
             _count(name, getattr(self, name), 1, auto=True)
-        for name in ("adapt_every", "draws"):
-            _count(name, getattr(self, name), 1)
+        _count("draws", self.draws, 1)
         _count("seed", self.seed, 0)
         _count("refine", self.refine, 0)
         _number("refine_tolerance", self.refine_tolerance, 0.0)
         _count("curvature_batches", self.curvature_batches, 1)
-        _number("factor_decay", self.factor_decay, 0.0)
-        if self.factor_decay >= 1:
+        _number("factor_decay", self.factor_decay, 0.0, auto=True)
+        if not isinstance(self.factor_decay, str) and self.factor_decay >= 1:
             raise OptionError(f"factor_decay must lie in [0, 1), not {self.factor_decay!r}.")
         _number("fallback_lr", self.fallback_lr, 0.0)
 

@@ -36,9 +36,17 @@ MOST_MOMENTUM = 0.9  # of an automatic momentum beside a learning rate that is g
 MOMENTUM = 0.5  # where no quadratic model chooses it
 DAMPING = 10.0  # over the curvature's mean eigenvalue, likewise
 DECREASE = 1e-3  # g'(B ⊗ A + λI)⁻¹g of a step over the loss (over 1 if unknown), at most
-FACTOR_EVERY, INVERSE_EVERY = 5, 20  # steps between renewals, without noise
-NOISY_RENEWALS = 2  # times less often where averages have to run over many batches anyway
-NOISY_TRIALS = 4  # times less often is γ tried there, for that costs inversions
+RENEWALS = {  # steps between renewals of factors and of inverses, by what is known of the noise
+    "noise": (10, 40),  # averages have to run over many batches anyway
+    "unknown": (5, 20),
+    "none": (2, 10),
+    "refined": (1, 4),  # no noise, and a step that costs several products deserves fresh factors
+}
+DECAY, QUIET_DECAY = 0.95, 0.5  # of running factors, where averages make up for noise and not
+TRIAL_EVERY, NOISY_TRIAL_EVERY = 5, 20  # steps between trials of γ, which cost inversions
+ADAPT_EVERY = 5  # steps between decisions on λ, which cost a forward pass
+REFINED_DROP = 0.5  # of λ a step, where the model is all but solved in every one
+RAISE = 10  # λ after a step that is taken back
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ class Planner:
     ) -> None:
         self.options, self.curvature, self.replayer = options, curvature, replayer
         self.unwatched, self.steering = unwatched, steering
-        self.rule: Rule = LevenbergMarquardt() if options.damping == AUTO else Fixed()
+        self.rule = _rule(options)
         self.settings: Settings | None = None  # None: to be found before the first step
         if not isinstance(options.damping, str):
             self.settings = Settings(options.damping, options.damping)
@@ -115,13 +123,37 @@ class Planner:
 
     def intervals(self) -> tuple[int, int]:
         """Steps between renewals of the factors and of the inverses."""
-        noisy = self.settings is not None and self.rule.averaging(self.settings) > 0
-        times = NOISY_RENEWALS if noisy else 1
-        factors, inverses = self.options.factor_every, self.options.inverse_every
-        return (
-            FACTOR_EVERY * times if isinstance(factors, str) else factors,
-            INVERSE_EVERY * times if isinstance(inverses, str) else inverses,
+        found = self._known()
+        automatic = RENEWALS["refined" if found == "none" and self.options.refine else found]
+        given = self.options.factor_every, self.options.inverse_every
+        factors, inverses = (
+            a if isinstance(g, str) else g for a, g in zip(automatic, given, strict=True)
         )
+        return factors, inverses
+
+    def decay(self) -> float:
+        """The weight of the running factors against one new batch."""
+        if not isinstance(self.options.factor_decay, str):
+            return self.options.factor_decay
+        # Without noise this batch is all there is, and where the weights were is in the way.
+        quiet = 0.0 if self.options.refine else QUIET_DECAY
+        return quiet if self._known() == "none" else DECAY
+
+    def _known(self) -> str:
+        """What is known of the noise: a key of RENEWALS."""
+        if self.settings is not None and self.rule.averaging(self.settings) > 0:
+            return "noise"
+        if self.settings is None or self.noise is None or self.options.damping != AUTO:
+            return "unknown"
+        # The rule's average may not have heard of it yet.
+        loud = self.rule.averaging(replace(self.settings, noise=self.noise)) > 0
+        return "unknown" if loud else "none"
+
+    def _adapt_every(self) -> int:
+        given = self.options.adapt_every
+        if isinstance(given, str):
+            return 1 if self.options.refine else ADAPT_EVERY
+        return given
 
     def models(self, parts: Sequence[Part]) -> bool:
         """Whether these parts have a quadratic model, and something is to be chosen with it."""
@@ -170,7 +202,7 @@ class Planner:
             return self._unmodelled(gradient, direction, abs(loss_of(parts)) or 1.0)
         # When γ is tried, in the whole span: on one line it would be fitted to the line.
         averaging = self.rule.averaging(self.settings)
-        every = self.options.adapt_every * (NOISY_TRIALS if averaging else 1)
+        every = NOISY_TRIAL_EVERY if averaging else TRIAL_EVERY
         trying = self.options.damping == AUTO and due(step, every)
         averaging = 0.0 if trying else averaging
         model = self._quadratic(parts)
@@ -338,7 +370,7 @@ class Planner:
 
     def judge(self, step: int, parts: Sequence[Part], plan: Plan) -> bool:
         """Ask the rule if it is due. False if the step is so bad that it must be taken back."""
-        if self.options.damping != AUTO or not due(step, self.options.adapt_every):
+        if self.options.damping != AUTO or not due(step, self._adapt_every()):
             return True
         if math.isnan(plan.predicted):
             return True
@@ -356,11 +388,7 @@ class Planner:
             self.outcome = (after, change)
             return True
         # Worse by more than it promised to be better.
-        raised = max(self.settings.damping, self.settings.inverse_damping) * 10
-        damping = self.settings.damping * 10 if self.options.refine else raised
-        raised = self.settings.inverse_damping if self.options.refine else raised
-        self.settings = replace(self.settings, damping=damping, inverse_damping=raised)
-        self.curvature.refresh(self.curvature.factors, raised)
+        self.settings = replace(self.settings, damping=self.settings.damping * RAISE)
         self.undone += 1
         return False
 
@@ -402,6 +430,12 @@ class Planner:
                 with self.unwatched():
                     total += float(part.weight * part.criterion(output, *part.targets))
         return total
+
+
+def _rule(options: Options) -> Rule:
+    if options.damping != AUTO:
+        return Fixed()
+    return LevenbergMarquardt(drop=REFINED_DROP) if options.refine else LevenbergMarquardt()
 
 
 def loss_of(parts: Sequence[Part]) -> float:
