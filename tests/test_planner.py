@@ -1,0 +1,114 @@
+"""What the planner makes of noise, and of a step that was worse than it promised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import kronewton as kn
+from kronewton.adapt import Settings
+from kronewton.planner import DECAY, QUIET_DECAY, RAISE, Plan, Planner
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def planner_of(**options: Any) -> Planner:
+    optimizer = kn.KFAC(nn.Linear(3, 2), nn.MSELoss(), **options)
+    planner = optimizer._planner
+    assert planner is not None
+    optimizer.close()
+    return planner
+
+
+def with_noise(planner: Planner, average: float, last: float | None) -> Planner:
+    planner.settings, planner.noise = Settings(0.1, 0.1, noise=average), last
+    return planner
+
+
+@pytest.mark.parametrize(
+    ("options", "average", "last", "intervals", "decay"),
+    [
+        ({}, 0.0, None, (5, 20), DECAY),  # nothing is known
+        ({}, 0.0, 0.0, (2, 10), QUIET_DECAY),
+        ({"refine": 2}, 0.0, 0.0, (1, 4), 0.0),
+        ({"refine": 2}, 0.0, None, (5, 20), DECAY),
+        ({}, 0.5, 0.5, (10, 40), DECAY),
+        ({}, 0.5, 0.0, (10, 40), DECAY),  # one quiet step among loud ones
+        ({}, 0.0, 0.5, (5, 20), DECAY),  # loud, and the average has not heard of it
+        ({"damping": 0.1}, 0.0, 0.0, (5, 20), DECAY),  # never measured
+        ({"factor_every": 3, "inverse_every": 7, "factor_decay": 0.2}, 0.0, 0.0, (3, 7), 0.2),
+    ],
+)
+def test_renewals_and_memory_go_by_what_is_known_of_the_noise(
+    options: dict[str, Any],
+    average: float,
+    last: float | None,
+    intervals: tuple[int, int],
+    decay: float,
+) -> None:
+    planner = with_noise(planner_of(**options), average, last)
+    assert planner.intervals() == intervals
+    assert planner.decay() == decay
+
+
+def test_the_same_batch_again_is_known_to_be_without_noise_and_another_is_not() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 3), torch.randn(64, 2)
+    for rows, known in (([slice(0, 64)], "none"), ([slice(0, 8), slice(8, 16)], "noise")):
+        model, criterion = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)), nn.MSELoss()
+        optimizer = kn.KFAC(model, criterion)
+        for step in range(4):
+            part = rows[step % len(rows)]
+            optimizer.zero_grad()
+            criterion(model(x[part]), y[part]).backward()
+            optimizer.step()
+        assert optimizer._planner._known() == known
+
+
+def test_a_step_that_is_taken_back_raises_one_damping_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(3, 2), nn.MSELoss()
+    optimizer = kn.KFAC(model, criterion)
+    x, y = torch.randn(16, 3), torch.randn(16, 2)
+    planner, real = optimizer._planner, Planner.plan
+
+    def too_far(self: Planner, *given: Any) -> Plan:
+        plan = real(self, *given)
+        return Plan(plan.direction, plan.lr * 30, plan.momentum, predicted=plan.predicted)
+
+    monkeypatch.setattr(Planner, "plan", too_far)
+    before = [p.detach().clone() for p in model.parameters()]
+    criterion(model(x), y).backward()
+    start = planner.curvature.scale
+    optimizer.step()
+    assert planner.undone == 1
+    for p, q in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), q)
+    assert start == 0
+    # Both started from the same trial; the rule, asked first, had raised λ a little already.
+    assert planner.settings.damping >= RAISE * planner.settings.inverse_damping
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"), [({}, 5), ({"refine": 1}, 6), ({"adapt_every": 2}, 4)]
+)
+def test_lambda_is_asked_about_every_fifth_step_and_with_the_dial_every_step(
+    options: dict[str, Any], asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, criterion = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)), nn.MSELoss()
+    optimizer, calls = kn.KFAC(model, criterion, **options), []
+    rule = type(optimizer._planner.rule)
+    real = rule.update
+    monkeypatch.setattr(rule, "update", lambda self, *g: calls.append(1) or real(self, *g))
+    x, y = torch.randn(64, 3), torch.randn(64, 2)
+    for _ in range(6):
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+    assert len(calls) == asked
