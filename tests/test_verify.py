@@ -20,6 +20,7 @@ from kronewton.inverse import EigenInverse
 from kronewton.lab import verify
 from kronewton.lab.verify import CHECKS, EXACT, Check, Source
 from kronewton.losses.base import Categorical, Diagonal
+from kronewton.quadratic import QuadraticModel
 from kronewton.tiling import Tying
 from kronewton.types import Statistics
 
@@ -49,6 +50,10 @@ def test_a_singular_matrix_is_noticed_through_the_noise_of_a_preconditioner() ->
 
 def one_percent(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *given, **named: 1.01 * function(*given, **named)
+
+
+def threefold(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *given, **named: 3 * function(*given, **named)
 
 
 def transposed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -267,6 +272,9 @@ PLANTED: dict[str, list[tuple[Any, str, Any]]] = {  # by the check that must fai
     "scaled": [(EigenInverse, "apply", with_damping_of_its_own)],
     "masked": [(factors, "_input_moment", without_weights)],
     "regression": [(EigenInverse, "apply", transposed(EigenInverse.apply))],
+    "newton": [(QuadraticModel, "product", one_percent(QuadraticModel.product))],
+    "newton_given": [(QuadraticModel, "product", one_percent(QuadraticModel.product))],
+    "falls": [(QuadraticModel, "product", threefold(QuadraticModel.product))],
 }
 
 

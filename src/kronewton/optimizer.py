@@ -61,8 +61,8 @@ class KFAC(Optimizer):
         "expand" (every position an example), "reduce" (positions averaged) or "best" (the nearest
         product in the Frobenius norm, at the cost of per-example gradients).
     refine: the dial from K-FAC (0) to the exact damped Gauss-Newton step: so many conjugate-
-        gradient directions, preconditioned by K-FAC, over all parameters together; ended early by
-        one that lowers the quadratic model by less than `refine_tolerance` of its value.
+        gradient directions, preconditioned by K-FAC, over all parameters together; fewer once two
+        in a row lower the quadratic model by less than `refine_tolerance` of its value.
     curvature_batches: how many of the last batches make up the quadratic model's curvature.
     basis: "factored" (π-damped factors), "eigen" ((B ⊗ A + damping·I)⁻¹ exactly) or "corrected"
         (the same with the exact block's diagonal in that basis, EKFAC).
@@ -91,7 +91,7 @@ class KFAC(Optimizer):
         sharing: str = "expand",
         basis: str = "factored",
         refine: int = 0,
-        refine_tolerance: float = 1e-14,
+        refine_tolerance: float = 0.0,
         curvature_batches: int = 1,
         factor_every: int | str = AUTO,
         inverse_every: int | str = AUTO,

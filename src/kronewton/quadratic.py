@@ -119,8 +119,8 @@ class Line:
 class Dial:
     """Where to stop between K-FAC and Newton.
 
-    refine: directions to add at most. tolerance: a direction that lowers q by less than this share
-    of it is the last one.
+    refine: directions to add at most. tolerance: two in a row that lower q by less than this share
+    of it are the last ones; rounding ends it in any case.
     """
 
     refine: int
@@ -206,6 +206,7 @@ class QuadraticModel:
             base.append(self._conjugate(line, base, damping))
         residual = gradient + self.product(start) + damping * start.flat
         last: list[Line] = []
+        small = 0  # directions in a row that made little difference: one may be an accident
         for used in range(1, dial.refine + 1):
             p = self._conjugate(self._preconditioned(residual, dial), [*base, *last], damping)
             slope, bend = self.numbers(residual, p, damping)
@@ -214,7 +215,8 @@ class QuadraticModel:
                 return Refinement(step, used - 1, broken=slope != 0)
             length, decrease = -slope / bend, 0.5 * slope**2 / bend
             step, q = self.combined([step, p], [1.0, length]), q - decrease
-            if decrease <= floor * abs(q) or used == dial.refine:
+            small = small + 1 if decrease <= floor * abs(q) else 0
+            if small == 2 or used == dial.refine:
                 return Refinement(step, used, broken=False)
             residual = residual + length * (self.product(p) + damping * p.flat)
             last = [p]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from kronewton.lab.verify import convolution, kfac, linear, losses, piecewise
+from kronewton.lab.verify import convolution, dial, kfac, linear, losses, piecewise
 from kronewton.lab.verify.checks import (
     APART,
     EXACT,
@@ -34,7 +34,7 @@ __all__ = [
     "table",
 ]
 
-SECTIONS = (linear.SECTION, piecewise.SECTION, convolution.SECTION, losses.SECTION, kfac.SECTION)
+SECTIONS = tuple(part.SECTION for part in (linear, piecewise, convolution, losses, kfac, dial))
 CHECKS = [check for section in SECTIONS for check in section.checks]
 
 
