@@ -263,3 +263,30 @@ def test_channels_last_makes_the_same_steps() -> None:
     model = conv_net().to(memory_format=torch.channels_last)
     x = X.to(memory_format=torch.channels_last)
     assert distance(after(model, criterion, x, CLASSES, steps=3, damping=damping), plain) <= 1e-9
+
+
+# Fact 8: masked locations and tokens.
+
+
+def test_8_masked_images_are_cut_away() -> None:
+    model, criterion = network(nn.Conv2d(1, 3, 3, padding=1)), nn.CrossEntropyLoss()
+    y = torch.randint(0, 3, (6, 4, 4), generator=torch.Generator().manual_seed(0))
+    masked = y.clone()
+    masked[[1, 4]] = -100
+    kept = [0, 2, 3, 5]
+    damping = scale_of(model, criterion, X, masked)
+    cut = after(model, criterion, X[kept], y[kept], damping=damping)
+    assert distance(after(model, criterion, X, masked, damping=damping), cut) <= 1e-9
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_8_masked_locations_weigh_nothing_in_either_factor(bias: bool) -> None:
+    """One unmasked location alone is exact, wherever it is: nothing else can have been counted."""
+    model, criterion = network(nn.Conv2d(2, 3, 3, padding=1, bias=bias)), nn.CrossEntropyLoss()
+    x = normal(1, 2, 3, 3)
+    for place in range(9):
+        y = torch.full((1, 9), -100)
+        y[0, place] = 1
+        y = y.reshape(1, 3, 3)
+        found = read_blocks(model, criterion, x, y)
+        assert max(apart(found, model, criterion, x, y)) <= EXACT
