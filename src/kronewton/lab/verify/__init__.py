@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from kronewton.lab.verify import convolution, kfac, linear, losses, piecewise
+from kronewton.lab.verify import convolution, kfac, ladder, linear, losses, piecewise
 from kronewton.lab.verify.checks import (
     APART,
     EXACT,
@@ -19,6 +19,7 @@ from kronewton.lab.verify.checks import (
     distance,
     table,
 )
+from kronewton.lab.verify.ladder import example
 
 __all__ = [
     "APART",
@@ -30,11 +31,19 @@ __all__ = [
     "Source",
     "Told",
     "distance",
+    "example",
     "run",
     "table",
 ]
 
-SECTIONS = (linear.SECTION, piecewise.SECTION, convolution.SECTION, losses.SECTION, kfac.SECTION)
+SECTIONS = (
+    linear.SECTION,
+    piecewise.SECTION,
+    convolution.SECTION,
+    losses.SECTION,
+    kfac.SECTION,
+    ladder.SECTION,
+)
 CHECKS = [check for section in SECTIONS for check in section.checks]
 
 
