@@ -169,7 +169,7 @@ def test_threads_are_set_and_said(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_explain_lists_every_parameter(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("explain", "digits-mlp") == 0
+    assert run("explain", "digits-mlp", "--batch-size", 16) == 0
     printed = capsys.readouterr().out
     assert all(f"{layer}.{kind}" in printed for layer in "024" for kind in ("weight", "bias"))
 
@@ -253,7 +253,7 @@ def test_verify_prints_the_ladder_of_a_small_net(
     assert run("verify", "--ladder") == 0
     printed = capsys.readouterr().out
     assert "The ladder of a convolutional net" in printed
-    assert len(re.findall(r"^\d  (?:convolution|linear) ", printed, re.MULTILINE)) == 3
+    assert len(re.findall(r"^\d +(?:convolution|linear) ", printed, re.MULTILINE)) == 3
 
 
 BAD = {

@@ -96,7 +96,9 @@ def test_what_refuses_draws_too_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -
         raise OptionError("layer '0' has too many numbers.")
 
     monkeypatch.setattr(kn, "explain", refuse)
-    assert str(measured("two-spirals")) == "No ladder: layer '0' has too many numbers."
+    said = str(measured("two-spirals"))
+    assert said.startswith("No ladder: draws were refused too, as layer '0' has too many numbers.")
+    assert said.endswith("--batch-size sets the examples.")
 
 
 def test_the_file_has_every_distance(tmp_path: Path) -> None:

@@ -65,6 +65,9 @@ def measure(run: Run, problem: Problem, steps: int) -> Ladder:
         x, y = x[:EXAMPLES], y[:EXAMPLES]
     try:
         return Ladder(steps, *_explained(problem.model, problem.criterion, (x, y)))
+    except OptionError as refusal:
+        said = f"No ladder: draws were refused too, as {refusal} --batch-size sets the examples."
+        return Ladder(steps, None, said)
     except KronewtonError as refusal:
         return Ladder(steps, None, f"No ladder: {refusal}")
 
