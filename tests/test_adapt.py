@@ -136,3 +136,12 @@ def test_fixed_changes_nothing():
 def test_first_trials_fall():
     assert list(FIRST_TRIALS) == sorted(FIRST_TRIALS, reverse=True)
     assert all(t > 0 for t in FIRST_TRIALS)
+
+
+@pytest.mark.parametrize(
+    ("agreement", "noise", "fall"), [(0.9, 0.0, 0.7), (1.2, 0.0, 0.7**3), (1.2, 0.5, 0.7)]
+)
+def test_lambda_falls_faster_where_the_model_is_right_and_nothing_is_noise(agreement, noise, fall):
+    rule, settings = LevenbergMarquardt(noise_memory=1.0), Settings(0.5, 0.5, noise=noise)
+    info = StepInfo(predicted=-1.0, actual=-agreement, scale=1.0, steps=1)
+    assert rule.update(settings, info).damping == pytest.approx(0.5 * fall)

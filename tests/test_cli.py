@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from kronewton.lab import cli, display, session, verify
+from kronewton.lab import cli, display, ladder, session, verify
 from kronewton.lab.checkpoint import FILE
 from kronewton.lab.tasks import find_task
 
@@ -169,9 +169,36 @@ def test_threads_are_set_and_said(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_explain_lists_every_parameter(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("explain", "digits-mlp") == 0
+    assert run("explain", "digits-mlp", "--batch-size", 16) == 0
     printed = capsys.readouterr().out
     assert all(f"{layer}.{kind}" in printed for layer in "024" for kind in ("weight", "bias"))
+
+
+def test_explain_draws_the_ladder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, file = tmp_path / "out", tmp_path / "explain.json"
+    options = ["--steps", 2, "--batch-size", 50, "--out", out, "--json", file]
+    assert run("explain", "two-spirals", *options) == 0
+    printed = capsys.readouterr().out
+    assert "batch 50" in printed
+    assert printed.index("are covered by curvature") < printed.index("after 2 steps of K-FAC")
+    assert "50 examples" in printed
+    assert printed.endswith(f"Picture: {out / 'two-spirals-ladder.png'}\n")
+    assert {f.name for f in out.iterdir()} == {"two-spirals-ladder.png", "two-spirals-ladder.json"}
+    document = json.loads(file.read_text())
+    assert document == json.loads((out / "two-spirals-ladder.json").read_text())
+    assert document["ladder"]["steps"] == 2
+    assert [row["layer"] for row in document["ladder"]["explanation"]["rows"]] == ["0", "2", "4"]
+
+
+def test_explain_without_a_ladder_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = ladder.Ladder(0, None, "No ladder: that is so.")
+    monkeypatch.setattr(ladder, "measure", lambda *given: refused)
+    assert run("explain", "linear-regression", "--out", tmp_path) == 0
+    assert capsys.readouterr().out.endswith("No ladder: that is so.\n")
+    (file,) = tmp_path.iterdir()
+    assert json.loads(file.read_text())["ladder"]["explanation"] is None
 
 
 def test_bench_step_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,6 +244,18 @@ def test_verify_prints_residuals(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert json.loads((tmp_path / "verify.json").read_text())
 
 
+def test_verify_prints_the_ladder_of_a_small_net(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "run", lambda seed, device: [HOLDS])
+    assert run("verify") == 0
+    assert "convolution" not in capsys.readouterr().out
+    assert run("verify", "--ladder") == 0
+    printed = capsys.readouterr().out
+    assert "The ladder of a convolutional net" in printed
+    assert len(re.findall(r"^\d +(?:convolution|linear) ", printed, re.MULTILINE)) == 3
+
+
 BAD = {
     "unknown task": ("train mnist", "no task 'mnist'; the tasks are digits-mlp"),
     "unknown optimizer": ("train digits-mlp --optimizer newton", "no optimizer 'newton'"),
@@ -253,6 +292,11 @@ def test_bad_input_ends_in_one_sentence(
     assert said in error
     assert error.count("\n") == 1
     assert error.rstrip().endswith(".")
+
+
+def test_explain_refuses_a_negative_number_of_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("explain", "digits-mlp", "--steps", -1) == 2
+    assert "--steps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--steps -5", "--steps many", "--batch-size 0", "--seed -1"])

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from kronewton import derivation as note
-from kronewton import factors
+from kronewton import factors, ladder
 from kronewton.inverse import EigenInverse
 from kronewton.lab import verify
 from kronewton.lab.verify import CHECKS, EXACT, Check, Source
@@ -177,6 +177,24 @@ def without_weights(stats: Statistics, part: Tensor) -> factors.Moment:
     return INPUT_MOMENT(replace(stats, weights=part.new_ones(())), part)
 
 
+def a_basis_of_its_own(A: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """The eigenvalues' order taken for the entries': no rotation at all."""
+    s, U = SYMMETRIC_EIGEN(A, name)
+    return s, torch.eye(U.shape[-1], dtype=U.dtype).expand_as(U)
+
+
+def nowhere(squared_distance: Tensor, square: Tensor) -> float:
+    return 0.0
+
+
+def not_the_best(seen: Any, **named: Any) -> factors.Factors:
+    return factors.batch_factors(seen)
+
+
+def the_wrong_best(seen: Any, **named: Any) -> factors.Factors:
+    return factors.reduced_factors(seen)
+
+
 def with_damping_of_its_own(inverse: EigenInverse, G: Tensor, damping: float) -> Tensor:
     return APPLY(inverse, G, damping + 1e-3)
 
@@ -186,6 +204,7 @@ TIED_CONVOLUTION, TIED_CALLS, EXPAND = note.tied_convolution, note.tied_calls, n
 TIED_GRADIENT, NEWTON_STEP_TIED = note.tied_gradient, note.newton_step_tied
 CONVOLUTION_PRODUCT = note.convolution_product
 HESSIAN_BLOCK, INPUT_MOMENT, APPLY = note.hessian_block, factors._input_moment, EigenInverse.apply
+SYMMETRIC_EIGEN = ladder.symmetric_eigen
 PLANTED: dict[str, list[tuple[Any, str, Any]]] = {  # by the check that must fail
     "loss": [(note, "loss", one_percent(note.loss))],
     "differential_of_loss": [
@@ -275,6 +294,36 @@ PLANTED: dict[str, list[tuple[Any, str, Any]]] = {  # by the check that must fai
     "newton": [(QuadraticModel, "product", one_percent(QuadraticModel.product))],
     "newton_given": [(QuadraticModel, "product", one_percent(QuadraticModel.product))],
     "falls": [(QuadraticModel, "product", threefold(QuadraticModel.product))],
+    "best_is_best": [
+        (ladder, "best_factors", not_the_best),
+        (ladder, "best_factors", the_wrong_best),
+    ],
+    "corrected_is_nearer": [(ladder, "symmetric_eigen", a_basis_of_its_own)],
+    "neither_is_exact": [(ladder, "_relative", nowhere)],
+    "ladder_deep_linear": [
+        (factors, "second_moment", one_percent(factors.second_moment)),
+        (ladder, "symmetric_eigen", a_basis_of_its_own),
+    ],
+    "ladder_one": [
+        (factors, "_input_moment", a_sum_instead_of_a_mean),
+        (ladder, "_squared_norm", one_percent(ladder._squared_norm)),
+    ],
+    "ladder_per_position": [
+        (ladder, "batch_factors", factors.reduced_factors),
+        (ladder, "best_factors", the_wrong_best),
+    ],
+    "ladder_per_position_reduce": [(ladder, "reduced_factors", factors.batch_factors)],
+    "ladder_pooled": [
+        (ladder, "reduced_factors", factors.batch_factors),
+        (ladder, "best_factors", not_the_best),
+    ],
+    "ladder_pooled_expand": [(ladder, "batch_factors", factors.reduced_factors)],
+    "ladder_circular": [(ladder, "reduced_factors", factors.batch_factors)],
+    "ladder_last": [
+        (ladder, "batch_factors", factors.reduced_factors),
+        (ladder, "reduced_factors", factors.batch_factors),
+    ],
+    "ladder_before_the_last": [(ladder, "_relative", nowhere)],
 }
 
 

@@ -67,7 +67,9 @@ class LevenbergMarquardt(Rule):
     """Less λ while the quadratic model is right, more when it promises too much.
 
     ρ is the actual over the predicted decrease, on the same batch. Above 3/4, λ falls by `drop` a
-    step, below 1/4 it rises by the inverse. γ is tried at one neighbour at a time and moves when
+    step, below 1/4 it rises by the inverse. Above `right`, without noise, it falls by `drop` to
+    the power of `eagerness`: where the model is all but exact, λ is all that holds it back.
+    γ is tried at one neighbour at a time and moves when
     the quadratic model falls further with it.
 
     How far to trust one batch depends on the noise between batches, which is measured for free:
@@ -80,6 +82,8 @@ class LevenbergMarquardt(Rule):
     """
 
     drop: float = 0.7
+    right: float = 0.95
+    eagerness: float = 3.0
     floor: float = 1e-8
     noisy_floor: float = 0.3  # of λ
     ceiling: float = 1e4
@@ -95,7 +99,9 @@ class LevenbergMarquardt(Rule):
         factor = self.drop**info.steps
         damping = settings.damping
         agreement = info.actual / info.predicted
-        if agreement > 0.75:
+        if agreement > self.right and settings.noise < self.silence:
+            damping *= factor**self.eagerness
+        elif agreement > 0.75:
             damping *= factor
         elif not agreement >= 0.25:  # also when the loss is not a number
             damping /= factor

@@ -20,12 +20,22 @@ from kronewton.errors import DataError, KronewtonError, OptionError
 try:
     import typer
 
-    from kronewton.lab import bench, contest, dial, display, plots, reports, session, verify
+    from kronewton.lab import (
+        bench,
+        contest,
+        dial,
+        display,
+        ladder,
+        plots,
+        reports,
+        session,
+        verify,
+    )
     from kronewton.lab.entries import Entry, read_entries
     from kronewton.lab.files import write_json
     from kronewton.lab.rivals import RIVALS, Rival, Setting, available, describe, find_rival
     from kronewton.lab.tasks import TASKS, Options, Task, find_task
-    from kronewton.lab.training import Budget, Run, start, train
+    from kronewton.lab.training import Budget, Run, start
 except ModuleNotFoundError as missing:
     raise SystemExit(
         f"The command line needs the package {missing.name}, which is not installed; "
@@ -84,11 +94,20 @@ def options_of_all(
 
 
 @app.command("verify")
-def verify_command(device: Device = "cpu", seed: Seed = 0, json: Json = None) -> None:
+def verify_command(
+    device: Device = "cpu",
+    seed: Seed = 0,
+    json: Json = None,
+    ladder_too: Annotated[
+        bool, typer.Option("--ladder", help="Also the distances of a small convolutional net.")
+    ] = False,
+) -> None:
     """Walk the note and check each identity; exit 1 if a residual is above its bound."""
     _check_files(None, json)
     results = verify.run(seed, _device(device))
     display.output().print(verify.table(results))
+    if ladder_too:
+        print(f"The ladder of a convolutional net\n\n{verify.example(seed, _device(device))}")
     _write(json, results)
     if not all(result.passed for result in results):
         raise typer.Exit(1)
@@ -190,21 +209,33 @@ def compare_command(
 @app.command("explain")
 def explain_command(
     task: TaskName,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Steps of K-FAC before the ladder is measured.")
+    ] = 0,
+    batch_size: Batch = None,
     data: Data = None,
     small: Small = False,
+    out: Out = None,
     device: Device = "cpu",
     seed: Seed = 0,
     json: Json = None,
 ) -> None:
-    """Say which parameter of a task's model K-FAC covers, and how."""
-    chosen = find_task(task, Options(data=data, small=small))
-    _check_files(None, json)
+    """Say which parameter of a task's model K-FAC covers, how, and how far off each layer is."""
+    chosen = find_task(task, Options(batch_size, data, small))
+    _check_files(out, json)
     run = start(chosen, find_rival("kfac"), {}, seed, _device(device))
-    list(train(run, Budget(steps=1)))  # what curvature takes is known when there is some
+    with display.step_bar(run.rival.label, Budget(max(1, steps)), 0) as show:
+        problem = ladder.advance(run, steps, show)
     assert isinstance(run.optimizer, kn.KFAC)
     coverage = run.optimizer.coverage()
-    print(f"{chosen.described()}\n\n{coverage}")
-    _write(json, {"task": chosen.described(), "coverage": coverage})
+    print(f"{chosen.described()}\n\n{coverage}\n")
+    found = ladder.measure(run, problem, steps)
+    print(found)
+    document = {"task": chosen.described(), "coverage": coverage, "ladder": found}
+    _write(json, document)
+    if out is not None:
+        _write(out / f"{chosen.name}-ladder.json", document)
+        _draw_ladder(chosen, found, out)
 
 
 @bench_app.command("step-cost")
@@ -332,6 +363,13 @@ def _report(
         _write(out / f"{stem}.json", document)
         print(f"Picture: {picture}")
     print(dial.dial_verdict(report, found) if found else reports.verdict(report))
+
+
+def _draw_ladder(task: Task, found: ladder.Ladder, out: Path) -> None:
+    if found.explanation is not None:
+        picture = out / f"{task.name}-ladder.png"
+        plots.ladder_plot(task, found, picture)
+        print(f"Picture: {picture}")
 
 
 def _grids(plan: contest.Plan) -> dict[str, list[str]]:

@@ -17,10 +17,12 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from kronewton import Explanation
 from kronewton.errors import DataError
 from kronewton.lab.bench import StepCost
 from kronewton.lab.contest import Board, Plan
 from kronewton.lab.dial import Notch
+from kronewton.lab.ladder import DRAWS, RUNGS, Ladder
 from kronewton.lab.reports import Line, Spread, digits
 from kronewton.lab.rivals import KFAC, Rival, family, find_rival
 from kronewton.lab.tasks import Task
@@ -37,6 +39,15 @@ COLOURS = {
     "shampoo": "#CC79A7",
     "muon": "#E69F00",
 }
+RUNG_COLOURS = {
+    "diagonal": "#8C8C8C",
+    "expand": "#D55E00",
+    "reduce": "#E69F00",
+    "best": "#009E73",
+    "corrected": "#0072B2",
+}
+RUNG_GAP = 0.16  # of the distance between two layers
+BLANK = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6}  # behind words
 INK = "#333333"
 LEAST = 1e-16  # what a log axis shows of a loss at its floor
 PLAIN = 500  # up to this ratio of losses, an axis has their numbers without exponents
@@ -170,6 +181,66 @@ def cost_plot(costs: Sequence[StepCost], path: Path) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(colors=INK, labelsize=9)
     _save(figure, path)
+
+
+def ladder_plot(task: Task, found: Ladder, path: Path) -> None:
+    """A group per layer, a mark per approximation, as high as it is far from the exact block."""
+    assert found.explanation is not None
+    rows = found.explanation.rows
+    figure, ax = plt.subplots(figsize=(max(7.4, 0.8 + 1.75 * len(rows)), 4.4), layout="constrained")
+    for index, (field, label) in enumerate(RUNGS.items()):
+        places = [layer + RUNG_GAP * (index - (len(RUNGS) - 1) / 2) for layer in range(len(rows))]
+        values = [getattr(row.distances, field) for row in rows]
+        _rung(ax, places, values, RUNG_COLOURS[field], label)
+    _ladder_axes(ax, found.explanation)
+    figure.legend(loc="outside lower center", ncols=len(RUNGS), frameon=False, fontsize=9,
+                  handletextpad=0.1, columnspacing=1.4)  # fmt: skip
+    exact = f"that of {DRAWS} draws" if found.remark else "the exact one"
+    figure.suptitle(
+        f"{task.name}, {found.when()}\n"
+        f"how far each approximation of a layer's Gauss-Newton block is from {exact}",
+        x=0.01, ha="left", fontsize=10, color=INK,
+    )  # fmt: skip
+    _save(figure, path)
+
+
+def _rung(
+    ax: Axes, places: Sequence[float], values: Sequence[float], colour: str, label: str
+) -> None:
+    """One approximation in every layer: stems, marks, and their heights in digits."""
+    ax.vlines(places, 0, values, color=colour, linewidth=3.5, alpha=0.35, zorder=2)
+    ax.plot(places, values, "o", color=colour, markersize=8, zorder=4, clip_on=False, label=label)
+    for place, value in zip(places, values, strict=True):
+        ax.annotate(_short(value), (place, value), xytext=(0, 7), textcoords="offset points",
+                    ha="center", fontsize=7.5, color=colour, zorder=3, bbox=BLANK)  # fmt: skip
+
+
+def _short(distance: float) -> str:
+    """Two digits after the point, unless they would say 0 or 1 of what is neither."""
+    if distance < 1e-6:
+        return "0"
+    if distance < 0.005:
+        return f"{distance:.0e}".replace("e-0", "e-")
+    return f"{distance:.2f}" if distance < 0.995 or distance >= 1 else f"{distance:.3f}"
+
+
+def _layer_name(name: str, kind: str, matrix: str, positions: str) -> str:
+    first = f"layer {name}" if name.isdigit() else name
+    return f"{first}\n{kind}\n{matrix}, {positions} position{'' if positions == '1' else 's'}"
+
+
+def _ladder_axes(ax: Axes, told: Explanation) -> None:
+    names = [_layer_name(*cells[:4]) for cells in told.cells()]
+    top = max(1.0, *(getattr(row.distances, field) for row in told.rows for field in RUNGS))
+    ax.set_xticks(range(len(names)), names)
+    ax.set(xlim=(-0.5, len(names) - 0.5), ylim=(0, 1.16 * top))
+    ax.set_ylabel("relative distance", fontsize=9, color=INK)
+    ax.axhline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    ax.text(0.995, 0.99, "dashed: as far off as the zero matrix", transform=ax.transAxes,
+            ha="right", va="top", fontsize=8, color=INK)  # fmt: skip
+    _frame(ax)
+    ax.grid(False, axis="x")
+    ax.tick_params(axis="x", length=0, pad=8)  # clear of marks at 0
 
 
 def _race(axes: Sequence[Axes], plan: Plan, raced: Board, colours: Mapping[str, str]) -> None:

@@ -80,7 +80,7 @@ def train(run: Run, budget: Budget, last: Record | None = None) -> Iterator[Reco
     step, seconds = (0, 0.0) if last is None else (last.step, last.seconds)
     diverged = last is not None and last.diverged
     while step < budget.steps and seconds < budget.seconds and not diverged:
-        x, y = _batch(run, step)
+        x, y = batch_of(run, step)
         began = _clock(x.device)
         loss = _step(run, x, y)
         seconds += _clock(x.device) - began
@@ -139,7 +139,7 @@ def _step(run: Run, x: Tensor, y: Tensor) -> float:
     return float(loss)
 
 
-def _batch(run: Run, step: int) -> tuple[Tensor, Tensor]:
+def batch_of(run: Run, step: int) -> tuple[Tensor, Tensor]:
     """The batch of a step, a function of the seed and the step alone: resuming needs no state."""
     data, size = run.problem.train, run.task.batch_size
     if size is None:

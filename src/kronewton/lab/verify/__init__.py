@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import torch
 
+<<<<<<< HEAD
 from kronewton.lab.verify import convolution, dial, kfac, linear, losses, piecewise
+=======
+from kronewton.lab.verify import convolution, kfac, ladder, linear, losses, piecewise
+>>>>>>> lab
 from kronewton.lab.verify.checks import (
     APART,
     EXACT,
@@ -19,6 +23,7 @@ from kronewton.lab.verify.checks import (
     distance,
     table,
 )
+from kronewton.lab.verify.ladder import example
 
 __all__ = [
     "APART",
@@ -30,11 +35,23 @@ __all__ = [
     "Source",
     "Told",
     "distance",
+    "example",
     "run",
     "table",
 ]
 
+<<<<<<< HEAD
 SECTIONS = tuple(part.SECTION for part in (linear, piecewise, convolution, losses, kfac, dial))
+=======
+SECTIONS = (
+    linear.SECTION,
+    piecewise.SECTION,
+    convolution.SECTION,
+    losses.SECTION,
+    kfac.SECTION,
+    ladder.SECTION,
+)
+>>>>>>> lab
 CHECKS = [check for section in SECTIONS for check in section.checks]
 
 
