@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import torch
 
-<<<<<<< HEAD
-from kronewton.lab.verify import convolution, dial, kfac, linear, losses, piecewise
-=======
-from kronewton.lab.verify import convolution, kfac, ladder, linear, losses, piecewise
->>>>>>> lab
+from kronewton.lab.verify import convolution, dial, kfac, ladder, linear, losses, piecewise
 from kronewton.lab.verify.checks import (
     APART,
     EXACT,
@@ -40,18 +36,9 @@ __all__ = [
     "table",
 ]
 
-<<<<<<< HEAD
-SECTIONS = tuple(part.SECTION for part in (linear, piecewise, convolution, losses, kfac, dial))
-=======
-SECTIONS = (
-    linear.SECTION,
-    piecewise.SECTION,
-    convolution.SECTION,
-    losses.SECTION,
-    kfac.SECTION,
-    ladder.SECTION,
+SECTIONS = tuple(
+    part.SECTION for part in (linear, piecewise, convolution, losses, kfac, ladder, dial)
 )
->>>>>>> lab
 CHECKS = [check for section in SECTIONS for check in section.checks]
 
 
