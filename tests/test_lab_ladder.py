@@ -69,7 +69,7 @@ def test_it_says_at_which_weights(steps: int, said: str) -> None:
 def test_too_many_outputs_are_drawn_and_that_is_said() -> None:
     found = measured("circular-deconvolution")
     assert found.explanation is not None
-    assert "Draws of the model's own predictions" in str(found.explanation)
+    assert "which is itself an estimate" in str(found.explanation)
     assert "distances are to the block of 4 draws" in " ".join(str(found).split())
     assert not measured("linear-regression").remark
 

@@ -65,7 +65,7 @@ class Explanation:
         """What the numbers are, and what they leave out."""
         left_out = "; ".join(f"{name} ({why})" for name, why in self.uncovered.items())
         return (
-            "Distances to each layer's exact Gauss-Newton block, relative, in the Frobenius norm. "
+            "Distances to each layer's Gauss-Newton block, relative, in the Frobenius norm. "
             f"{self.note}" + (f" Not covered: {left_out}." if left_out else "")
         )
 
@@ -175,7 +175,11 @@ def _row(layer: Layer, seen: Sequence[Observation]) -> LayerRow:
 
 
 def _note(part: Part, fisher: str) -> str:
-    how = "All outputs" if fisher == "exact" else "Draws of the model's own predictions"
+    how = (
+        "The exact block"
+        if fisher == "exact"
+        else ("The block of draws from the model's own predictions, which is itself an estimate")
+    )
     return " ".join(filter(None, (f"{how}, {len(part.output)} examples.", part.curvature().note)))
 
 
