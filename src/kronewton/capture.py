@@ -46,6 +46,7 @@ class Part:
     criterion: nn.Module
     output: Tensor  # detached
     targets: tuple[Tensor, ...]
+    versions: list[int]  # of the targets
     loss: Tensor | None = None  # detached
     batched: bool = True
     call: ModelCall | None = None  # None: the model cannot be run again for this part
@@ -174,7 +175,8 @@ class Watcher:
             )
         self._forward += 1
         state = random_state() if self.replays else (torch.empty(0), [])
-        self._open.append(ModelCall(args, kwargs, state, versions((args, kwargs))))
+        training = [m.training for m in model.modules()] if self.replays else None
+        self._open.append(ModelCall(args, kwargs, state, versions((args, kwargs)), training))
         oldest = self._forward - STRAY_FORWARDS
         if self.calls and self.calls[0].forward <= oldest:
             self.calls = [call for call in self.calls if call.forward > oldest]
@@ -194,7 +196,7 @@ class Watcher:
         if not isinstance(output, Tensor) or not output.requires_grad:
             return
         layer = self.layers[id(module)]
-        inputs = args[0] if args else next(iter(kwargs.values()))
+        inputs = args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             # The user may put the next batch where this one is; activations stay as they are.
             own = inputs.detach() if inputs.requires_grad else inputs.clone()
@@ -247,7 +249,7 @@ class Watcher:
         self, criterion: nn.Module, output: Tensor, targets: Sequence[Tensor]
     ) -> Part | None:
         fixed = tuple(t.detach() if isinstance(t, Tensor) else t for t in targets)
-        part = Part(criterion, output.detach(), fixed)
+        part = Part(criterion, output.detach(), fixed, versions(fixed))
         self._locate(part, output)
         found = self._backpropagate(part, output) if self.capturing else self._indirect
         if part.call is None and not found:
@@ -361,7 +363,7 @@ class Watcher:
         # The smallest: a layer that is called twice in a forward pass sees its examples twice.
         N = min(examples.values())
         one = self._arrivals[0][1].new_ones(())
-        part = Part(nn.Identity(), one, (), weight=one)
+        part = Part(nn.Identity(), one, (), [], weight=one)
         for call, b in self._arrivals:
             stats = self._statistics(call, b * N**0.5, one / N)
             part.statistics.setdefault(call.layer.name, []).append(stats)

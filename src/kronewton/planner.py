@@ -30,7 +30,7 @@ from kronewton.quadratic import (
     flattened,
     unflattened,
 )
-from kronewton.replay import Replayer
+from kronewton.replay import Replayer, versions
 
 MOST_MOMENTUM = 0.9  # of an automatic momentum beside a learning rate that is given
 MOMENTUM = 0.5  # where no quadratic model chooses it
@@ -463,6 +463,6 @@ def _rounding(parts: Sequence[Part]) -> float:
 
 def _rerunnable(part: Part) -> bool:
     """Whether the model can be run again, as the criterion saw it."""
-    if part.call is None or not part.call.intact():
+    if part.call is None or not part.call.intact() or part.versions != versions(part.targets):
         return False
     return part.bridge is None or part.bridge.linear

@@ -234,7 +234,8 @@ class QuadraticModel:
 
     def _preconditioned(self, residual: Tensor, dial: Dial) -> Line:
         vector = unflattened(residual, self.replayer.parameters())
-        return self.line([t.neg() for t in dial.precondition(vector)])
+        pairs = zip(dial.precondition(vector), self.replayer.originals, strict=True)
+        return self.line([t.neg() if p.requires_grad else torch.zeros_like(t) for t, p in pairs])
 
     def _conjugate(self, z: Line, against: Sequence[Line], damping: float) -> Line:
         """z less its parts along lines that are conjugate to each other."""
@@ -270,14 +271,16 @@ class QuadraticModel:
                 self._outputs = [self.replayer.run(term.call, term.path) for term in self.terms]
         bridge, output = self.terms[t].bridge, self._outputs[t]
         u = u if bridge is None else bridge.pull(u)
-        found = torch.autograd.grad(
-            output,
-            self.replayer.originals,
-            u.to(output.dtype),
-            retain_graph=True,
-            materialize_grads=True,
+        originals = self.replayer.originals
+        moving = [p for p in originals if p.requires_grad]  # some may have been frozen since
+        found = iter(
+            torch.autograd.grad(
+                output, moving, u.to(output.dtype), retain_graph=True, materialize_grads=True
+            )
         )
-        return flattened(found)
+        return flattened(
+            [next(found) if p.requires_grad else torch.zeros_like(p) for p in originals]
+        )
 
     def _forward(self, term: Term, direction: Vector) -> Tensor:
         """J v at the model's output, by torch's forward mode if the model has one."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class ModelCall:
     kwargs: dict[str, Any]
     random_state: tuple[Tensor, list[Tensor]]
     versions: list[int] | None = None  # of the arguments, None: not to be checked
+    training: list[bool] | None = None  # of every module, None: as it is now
 
     def intact(self) -> bool:
         """Whether the arguments still hold the batch: a loop may load the next one into them."""
@@ -35,6 +37,7 @@ class Replayer:
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
         self.model, self.originals = model, list(parameters)
         self.without_forward_mode = ""  # what torch said, where it has none for this model
+        self._modules = list(model.modules())
         self._buffers = [m._buffers for m in model.modules() if m._buffers]
         wanted = {id(p): i for i, p in enumerate(parameters)}
         tables: list[tuple[dict[str, Any], str, Any]] = [
@@ -55,9 +58,25 @@ class Replayer:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_kept_buffers(self._buffers))
             stack.enter_context(_random_state(call.random_state))
+            # The fused kernels of attention can be differentiated once, and not forward.
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if call.training is not None:
+                stack.enter_context(self._mode(call.training))
             if tensors is not None:
                 stack.enter_context(self._swapped(tensors))
             return follow(self.model(*call.args, **call.kwargs), path)
+
+    @contextlib.contextmanager
+    def _mode(self, training: Sequence[bool]) -> Iterator[None]:
+        """Every module in training or evaluation, as it was in the first run."""
+        now = [m.training for m in self._modules]
+        try:
+            for m, mode in zip(self._modules, training, strict=False):
+                m.training = mode
+            yield
+        finally:
+            for m, mode in zip(self._modules, now, strict=True):
+                m.training = mode
 
     @contextlib.contextmanager
     def _swapped(self, tensors: Sequence[Tensor]) -> Iterator[None]:

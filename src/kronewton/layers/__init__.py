@@ -43,9 +43,11 @@ def find_layers(model: nn.Module, trained: Collection[int]) -> tuple[list[Layer]
             owners.setdefault(id(parameter), []).append(name or "the model")
         kind = kind_of(module)
         why = f"{type(module).__name__} has no kind yet" if kind is None else kind.refusal(module)
+        order = tuple(k for k in ("weight", "bias") if k in own)
+        if kind is not None and len(order) < len(own):
+            why = why or "its weight is computed from other parameters"
         reasons.update({id(p): why for p in own.values()})
         if kind is not None and not why and own:
-            order = tuple(k for k in ("weight", "bias") if k in own)
             candidates.append(Layer(name, module, kind, order))
     layers = []
     for layer in candidates:

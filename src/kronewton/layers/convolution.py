@@ -22,6 +22,8 @@ from kronewton.types import Rows
 
 CHUNK = 1 << 22  # numbers in the windows that are laid out at a time
 LEAST_CHANNELS = 16  # for lags to pay
+MOST_ENTRIES = 25  # of a kernel, likewise: lags grow with their square
+STRIPS = 4  # times the border that some offset leaves out must fit into the input
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 TORCHS = [
@@ -85,7 +87,8 @@ class ConvolutionKind(Kind):
 
     def refusal(self, module: nn.Module) -> str:
         own = type(module).forward, getattr(type(module), "_conv_forward", None)
-        if not isinstance(module, _ConvNd) or own not in TORCHS:
+        replaced = vars(module).keys() & {"forward", "_conv_forward"}
+        if not isinstance(module, _ConvNd) or own not in TORCHS or replaced:
             return "its forward is not that of torch's convolution"
         if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
             return "it is lazy and has not seen a batch yet"
@@ -145,12 +148,13 @@ class Windows(Rows):
 
     def _pays(self) -> bool:
         """Whether lags are cheaper than windows; measured on a CPU only."""
-        channels, D = self.prepared.shape[1], len(self.cut.kernel)
+        cut, sizes = self.cut, self.prepared.shape[2:]
         return (
-            D <= 2
-            and all(stride == 1 for stride in self.cut.stride)
-            and math.prod(self.cut.kernel) > 1
-            and channels >= LEAST_CHANNELS
+            len(cut.kernel) <= 2
+            and all(stride == 1 for stride in cut.stride)
+            and 1 < math.prod(cut.kernel) <= MOST_ENTRIES
+            and all(n >= STRIPS * (r - 1) for n, r in zip(sizes, cut.reach, strict=True))
+            and self.prepared.shape[1] >= LEAST_CHANNELS
             and self.prepared.device.type == "cpu"
         )
 

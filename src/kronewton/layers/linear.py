@@ -42,7 +42,8 @@ class LinearKind(Kind):
         return {"weight": matrix[:, :-1], "bias": matrix[:, -1]}
 
     def refusal(self, module: nn.Module) -> str:
-        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        own = "forward" not in vars(module) and type(module).forward is nn.Linear.forward
+        if not isinstance(module, nn.Linear) or not own:
             return "its forward is not that of nn.Linear"
         if isinstance(module, NonDynamicallyQuantizableLinear):  # MultiheadAttention's out_proj
             return "its weight is used without calling the module"
