@@ -29,6 +29,8 @@ from kronewton.inverse import (
 from kronewton.layers import Layer
 from kronewton.types import Statistics
 
+LEAST = 1e-10  # of the scale over the largest that there was
+
 
 def due(step: int, every: int) -> bool:
     """Every so many steps, and at powers of two before: averages of a few steps change fast."""
@@ -54,6 +56,7 @@ class Curvature:
         self.factors: dict[str, Factors] = {}
         self.inverses: dict[str, Inverse] = {}
         self._batch: dict[str, Sequence[Observation]] = {}  # what was learnt in this step
+        self.largest = 0.0  # of all scales so far
         self.scale = 0.0  # mean eigenvalue of all blocks together, in units of the loss
         self.dropped = 0  # batches of a layer left out because they were not finite
         self.failed = 0  # inversions that failed, the last good one being kept
@@ -68,12 +71,16 @@ class Curvature:
             batch = self._build(seen)
             if not bool(batch.finite()):
                 self.dropped += 1
-            elif bool(batch.A.count > 0):
+            elif bool((batch.A.count > 0) & (batch.trace() > 0)):
+                # Without curvature (all masked, or a saturated softmax) there is nothing to learn.
                 self._batch[name] = seen
                 self._learn_layer(name, batch, seen, decay)
         if observations and self.factors:
             trace = torch.stack([f.trace() for f in self.factors.values()]).sum()
-            self.scale = float(trace) / sum(f.size for f in self.factors.values())
+            scale = float(trace) / sum(f.size for f in self.factors.values())
+            self.largest = max(self.largest, scale)
+            # Where a loss is all but zero so is its curvature, and dampings must not follow.
+            self.scale = max(scale, LEAST * self.largest)
 
     def _learn_layer(
         self, name: str, batch: Factors, seen: Sequence[Observation], decay: float
@@ -156,7 +163,9 @@ class Curvature:
         inverse = self.inverses.get(name)
         if inverse is None:  # no batch has reached this layer so far: descent, scaled by the others
             return G / (self.scale + damping)
-        return inverse.apply(G, damping)
+        # A model may have been cast since: its factors stay as exact as they were.
+        dtype = next(iter(inverse.tensors().values())).dtype
+        return inverse.apply(G.to(dtype), damping)
 
     def memory(self, name: str) -> int:
         """Bytes kept for a layer."""

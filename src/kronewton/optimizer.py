@@ -63,7 +63,8 @@ class KFAC(Optimizer):
     refine: the dial from K-FAC (0) to the exact damped Gauss-Newton step: so many conjugate-
         gradient directions, preconditioned by K-FAC, over all parameters together; fewer once two
         in a row lower the quadratic model by less than `refine_tolerance` of its value.
-    curvature_batches: how many of the last batches make up the quadratic model's curvature.
+    curvature_batches: how many of the last batches make up the quadratic model's curvature; they
+        are not saved with the state.
     basis: "factored" (π-damped factors), "eigen" ((B ⊗ A + damping·I)⁻¹ exactly) or "corrected"
         (the same with the exact block's diagonal in that basis, EKFAC).
     factor_every, inverse_every: steps between renewals. adapt_every: between decisions on λ.
@@ -140,7 +141,9 @@ class KFAC(Optimizer):
         options = self.options
         # The dial is over all parameters together; without it those of no kind get the fallback.
         together = options.refine > 0 and bool(layers)
-        self._parameters = [p for p in all_parameters if together or id(p) in covered]
+        self._parameters = [
+            p for p in all_parameters if id(p) in covered or (together and p.is_floating_point())
+        ]
         self._place = {id(p): i for i, p in enumerate(self._parameters)}
         self._uncovered = [i for i, p in enumerate(self._parameters) if id(p) not in covered]
         self._all = all_parameters
@@ -210,6 +213,7 @@ class KFAC(Optimizer):
         self._curvature.learn(seen, planner.decay())
         if watcher.capturing:
             self._warn_of_uncalled(seen)
+        self._require_own_parameters()
         gradient = flattened([_gradient(p) for p in self._parameters])
         planner.factor = self._common_factor()
         names: Collection[str] = ()
@@ -229,9 +233,11 @@ class KFAC(Optimizer):
             self._skip()
         else:
             self._plan = plan
+            judged = planner.judges(self._steps, parts, plan)
+            kept = [p.clone() for p in self._parameters] if judged else []
             self._move(plan)
-            if not planner.judge(self._steps, parts, plan):
-                self._take_back()
+            if judged and not planner.judge(self._steps, parts, plan):
+                self._take_back(kept)
         planner.remember(parts)
         self._curvature.forget_batch()
         self._steps += 1
@@ -268,9 +274,21 @@ class KFAC(Optimizer):
             "optimizer.observe(output, target, criterion) before backward()."
         )
 
+    def _require_own_parameters(self) -> None:
+        """Refuse a model whose parameters are no longer the ones that the optimizer was given."""
+        for layer in self._layers:
+            for name, p in layer.parameters().items():
+                if id(p) not in self._place:
+                    raise ModelError(
+                        f"'{name}' of layer '{layer.name}' is another parameter than when KFAC was "
+                        "made. Make the optimizer after the model has been changed, or change "
+                        "values in place, with copy_()."
+                    )
+
     def _require_curved(self, parts: Sequence[Part]) -> None:
         """Refuse the dial where its other end is not there: Newton on a loss without curvature."""
-        flat = [part for part in parts if self.options.refine and not part.curvature().curved]
+        known = [part for part in parts if part.call is not None]
+        flat = [part for part in known if self.options.refine and not part.curvature().curved]
         if flat:
             raise CriterionError(
                 f"refine={self.options.refine} walks towards the Newton step, and "
@@ -337,7 +355,7 @@ class KFAC(Optimizer):
 
     def _move(self, plan: Plan) -> None:
         """Δ = lr·d + momentum·Δ_previous; a group's factor of an automatic lr is applied last."""
-        self._decay(1)
+        self._decay()
         if self._previous is None:
             self._previous = list(torch._foreach_mul(plan.direction, plan.lr))
         else:
@@ -345,14 +363,14 @@ class KFAC(Optimizer):
             torch._foreach_add_(self._previous, plan.direction, alpha=plan.lr)
         if plan.refinement:
             torch._foreach_add_(self._previous, list(plan.refinement))
-        self._add(1.0)
+        self._add()
 
-    def _add(self, sign: float) -> None:
-        """Add the step to the parameters that have a gradient, or take it off again."""
+    def _add(self) -> None:
+        """Add the step to the parameters that have a gradient."""
         assert self._previous is not None
         automatic = self.options.lr == AUTO
         for group in self.param_groups:
-            factor = sign * (group["lr"] if automatic else 1.0)
+            factor = group["lr"] if automatic else 1.0
             at = [self._place[id(p)] for p in group["params"] if id(p) in self._place]
             moving = [i for i in at if self._parameters[i].grad is not None]
             if moving:
@@ -362,9 +380,9 @@ class KFAC(Optimizer):
                     alpha=factor,
                 )
 
-    def _take_back(self) -> None:
-        self._add(-1.0)
-        self._decay(-1)
+    def _take_back(self, kept: Sequence[Tensor]) -> None:
+        """Put copies back: what was added and is subtracted again leaves its rounding behind."""
+        torch._foreach_copy_(self._parameters, list(kept))
         self._previous = None
 
     def _common_factor(self) -> float:
@@ -372,17 +390,23 @@ class KFAC(Optimizer):
         if self.options.lr != AUTO:
             return 1.0
         factors = {float(group["lr"]) for group in self.param_groups}
+        if len(factors) > 1 and self.options.damping == AUTO:
+            self._warn(
+                "the parameter groups multiply the automatic step by different lr: what the "
+                "quadratic model promises is not what is made, and the damping stays as it was "
+                "found. Give the groups one lr, or give numbers for lr and damping."
+            )
         return factors.pop() if len(factors) == 1 else math.nan
 
-    def _decay(self, power: int) -> None:
-        """Shrink the weights once (1), or take that back (−1)."""
+    def _decay(self) -> None:
+        """Shrink the weights once."""
         for group in self.param_groups:
             if group["weight_decay"]:
                 unit = DECAY_UNIT if self.options.lr == AUTO else 1.0
                 factor = 1 - group["lr"] * unit * group["weight_decay"]
                 for p in group["params"]:
                     if id(p) in self._place and p.grad is not None:
-                        p.mul_(factor**power)
+                        p.mul_(factor)
 
     def _skip(self, why: str = "the loss, a gradient or the curvature was not finite") -> None:
         self._skipped += 1

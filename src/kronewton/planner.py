@@ -18,6 +18,7 @@ from torch import Tensor
 from kronewton.adapt import FIRST_TRIALS, Fixed, LevenbergMarquardt, Rule, Settings, StepInfo
 from kronewton.capture import Part
 from kronewton.curvature import Curvature, due
+from kronewton.errors import NotPositiveDefinite
 from kronewton.options import AUTO, Options
 from kronewton.quadratic import (
     Dial,
@@ -171,7 +172,7 @@ class Planner:
         if not self.models(parts):
             return Settings(DAMPING * self.curvature.scale, DAMPING * self.curvature.scale)
         model = self._quadratic(parts)
-        best = (math.inf, FIRST_TRIALS[0] * self.curvature.scale)
+        lowest, found = math.inf, FIRST_TRIALS[0] * self.curvature.scale
         for trial in FIRST_TRIALS:
             damping = trial * self.curvature.scale
             self.curvature.refresh(self.curvature.factors, damping)
@@ -183,10 +184,10 @@ class Planner:
             length = x[0] * self._shortening(subspace.bend(x), parts)
             there = torch._foreach_add(self.replayer.parameters(), direction, alpha=length)
             loss = self._loss_with(parts, there)
-            if not loss < best[0]:
+            if not loss <= lowest + _rounding(parts) * abs(lowest) or math.isinf(loss):
                 break
-            best = (loss, damping)
-        return Settings(best[1], best[1])
+            lowest, found = min(loss, lowest), damping  # the smaller one where losses agree
+        return Settings(found, found)
 
     def plan(
         self,
@@ -325,7 +326,11 @@ class Planner:
         assert self.settings is not None
         trial = self.rule.probed(self.settings, True, self.curvature.scale).inverse_damping
         kept = self.curvature.inverses
-        self.curvature.inverses = self.curvature.with_damping(trial)
+        try:
+            self.curvature.inverses = self.curvature.with_damping(trial)
+        except NotPositiveDefinite:
+            self.curvature.failed += 1
+            return found
         direction = self.direct(trial)
         lines = [model.line(direction), *found.lines[1:]]
         other = Candidate(direction, lines, model.subspace(gradient, lines))
@@ -368,23 +373,28 @@ class Planner:
 
     # After the step.
 
+    def judges(self, step: int, parts: Sequence[Part], plan: Plan) -> bool:
+        """Whether the step of this plan will be judged, so that it may have to be taken back."""
+        if self.options.damping != AUTO or math.isnan(plan.predicted):
+            return False
+        # A promise that is small against the loss's unit is made where curvature is nearly gone.
+        small = abs(plan.predicted) <= _rounding(parts) * _weight_of(parts)
+        return due(step, self._adapt_every()) or small
+
     def judge(self, step: int, parts: Sequence[Part], plan: Plan) -> bool:
-        """Ask the rule if it is due. False if the step is so bad that it must be taken back."""
-        if self.options.damping != AUTO or not due(step, self._adapt_every()):
-            return True
-        if math.isnan(plan.predicted):
-            return True
+        """Ask the rule. False if the step is so bad that it must be taken back."""
         assert self.settings is not None
         before, after = loss_of(parts), self._loss_with(parts, None)
         change = after - before
-        if math.isfinite(after) and abs(plan.predicted) <= _rounding(parts) * abs(before):
-            return True  # the promise is below what the loss can show
+        shown = _rounding(parts) * abs(before)
+        if abs(plan.predicted) <= shown and abs(change) <= shown:
+            change = plan.predicted  # less than the loss can show was promised, and came
         info = StepInfo(
             plan.predicted, change, self.curvature.scale, step + 1 - self.asked, self.noise
         )
         self.settings = self.rule.update(self.settings, info)
         self.asked = step + 1
-        if math.isfinite(after) and not change > abs(plan.predicted):
+        if math.isfinite(after) and not change > abs(plan.predicted) + shown:
             self.outcome = (after, change)
             return True
         # Worse by more than it promised to be better.
@@ -426,9 +436,12 @@ class Planner:
         total = 0.0
         for part in parts:
             if part.call is not None and part.weight is not None:
-                output = self._output(part, tensors)
-                with self.unwatched():
-                    total += float(part.weight * part.criterion(output, *part.targets))
+                try:
+                    output = self._output(part, tensors)
+                    with self.unwatched():
+                        total += float(part.weight * part.criterion(output, *part.targets))
+                except (ValueError, RuntimeError, ArithmeticError, AssertionError):
+                    return math.inf  # the model's own checks refuse it: too far
         return total
 
 

@@ -26,6 +26,7 @@ SCALARS = (
     "asked",
     "capturing",
     "scale",
+    "largest",
     "damping",
     "inverse_damping",
     "probe",
@@ -65,6 +66,7 @@ def planner_scalars(planner: Planner) -> dict[str, float | None]:
     return {
         "asked": planner.asked,
         "scale": planner.curvature.scale,
+        "largest": planner.curvature.largest,
         "damping": None if settings is None else settings.damping,
         "inverse_damping": None if settings is None else settings.inverse_damping,
         "probe": None if settings is None else settings.probe,
@@ -83,6 +85,7 @@ def restore_planner(planner: Planner, numbers: Mapping[str, float | None]) -> No
     planner.asked, planner.undone = int(numbers["asked"] or 0), int(numbers["undone"] or 0)
     planner.broken = int(numbers["broken"] or 0)
     planner.lr = numbers["lr"] or 0.0
+    planner.curvature.largest = numbers["largest"] or 0.0
     planner.curvature.scale, planner.noise = numbers["scale"] or 0.0, numbers["noise_seen"]
     if isinstance(planner.options.damping, str):
         planner.settings = None
