@@ -112,3 +112,38 @@ def test_lambda_is_asked_about_every_fifth_step_and_with_the_dial_every_step(
         criterion(model(x), y).backward()
         optimizer.step()
     assert len(calls) == asked
+
+
+@pytest.mark.parametrize("options", [{}, {"refine": 2}, {"basis": "eigen"}], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_loss_that_reaches_zero_stays_there(seed: int, options: dict[str, Any]) -> None:
+    """A saturated softmax has neither gradient nor curvature, and nothing is to be made of that."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 4)).float()
+    criterion = nn.CrossEntropyLoss()
+    optimizer = kn.KFAC(model, criterion, **options)
+    x, y = torch.randn(8, 20).float(), torch.randint(0, 4, (8,))
+    losses = []
+    for _ in range(120):
+        optimizer.zero_grad()
+        loss = criterion(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert max(losses[40:]) <= 1e-5
+    assert max(float(p.detach().abs().max()) for p in model.parameters()) <= 1e3
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e4])
+def test_a_first_batch_that_saturates_does_not_settle_the_damping(factor: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 4)).float()
+    criterion = nn.CrossEntropyLoss()
+    optimizer = kn.KFAC(model, criterion)
+    x, y = torch.randn(8, 20).float(), torch.randint(0, 4, (8,))
+    for step in range(150):
+        optimizer.zero_grad()
+        loss = criterion(model(x * (factor if step == 0 else 1)), y)
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) <= 1e-2

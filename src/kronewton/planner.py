@@ -377,9 +377,11 @@ class Planner:
         """Whether the step of this plan will be judged, so that it may have to be taken back."""
         if self.options.damping != AUTO or math.isnan(plan.predicted):
             return False
-        # A promise that is small against the loss's unit is made where curvature is nearly gone.
-        small = abs(plan.predicted) <= _rounding(parts) * _weight_of(parts)
-        return due(step, self._adapt_every()) or small
+        # Where curvature is nearly gone promises are small against the loss's unit, or more than
+        # there is to gain.
+        promise = abs(plan.predicted)
+        odd = promise <= _rounding(parts) * _weight_of(parts) or promise > abs(loss_of(parts))
+        return due(step, self._adapt_every()) or odd
 
     def judge(self, step: int, parts: Sequence[Part], plan: Plan) -> bool:
         """Ask the rule. False if the step is so bad that it must be taken back."""
