@@ -122,6 +122,11 @@ def _observed(
     fisher: Fisher,
 ) -> Part:
     """One forward and backward pass, watched, without a trace."""
+    if not isinstance(batch, (tuple, list)) or not batch:
+        raise CriterionError(
+            f"explain() was given a batch of type {type(batch).__name__}; a pair of input and "
+            "target is allowed. Call explain(model, criterion, (x, y))."
+        )
     inputs, *targets = batch
     inputs = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     parameters = [p for layer in layers for p in layer.parameters().values()]
@@ -134,6 +139,12 @@ def _observed(
             if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
                 torch.autograd.grad(loss, parameters, allow_unused=True)
         parts, _ = watcher.collect()
+    except TypeError as error:
+        raise CriterionError(
+            f"explain() could not run {type(model).__name__} and its criterion on the batch "
+            f"({error}). Give a model that returns the tensor which the criterion takes, and the "
+            "batch as (input, target)."
+        ) from error
     finally:
         watcher.close()
     if not parts:

@@ -300,13 +300,20 @@ class KFAC(Optimizer):
     def _warn_of_products(self, planner: Planner, parts: Sequence[Part]) -> None:
         """Say once where the exact products come from, if not from where they should."""
         missing = planner.replayer.without_forward_mode
-        if missing:
+        if planner.replayer.without_products:
+            self._warn(
+                "torch can differentiate a part of this model only once "
+                f"({planner.replayer.without_products}): there is no quadratic model, and fixed "
+                "rules choose lr, momentum and damping. Replace that part, or give numbers."
+            )
+        elif missing:
             self._warn(
                 f"torch has no forward mode for a part of this model ({missing}): products with "
                 "its Jacobian are made by differentiating twice backward, which is exact and takes "
                 "about half as long again."
             )
-        if self.options.refine and not planner.models(parts):
+        possible = not planner.replayer.without_products
+        if self.options.refine and possible and not planner.models(parts):
             self._warn(
                 f"refine={self.options.refine} was asked for, and the model cannot be run again on "
                 "this batch: its loss is not computed from what the model returns, or the batch "

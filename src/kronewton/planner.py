@@ -23,6 +23,7 @@ from kronewton.options import AUTO, Options
 from kronewton.quadratic import (
     Dial,
     Line,
+    MissingProducts,
     QuadraticModel,
     Refinement,
     Subspace,
@@ -158,7 +159,8 @@ class Planner:
 
     def models(self, parts: Sequence[Part]) -> bool:
         """Whether these parts have a quadratic model, and something is to be chosen with it."""
-        return self.options.uses_model and bool(parts) and all(map(_rerunnable, parts))
+        possible = self.options.uses_model and not self.replayer.without_products
+        return possible and bool(parts) and all(map(_rerunnable, parts))
 
     def look_back(self, parts: Sequence[Part]) -> None:
         """How far apart two batches are at one point, over what the last step gained."""
@@ -168,9 +170,16 @@ class Planner:
         self.outcome = None
 
     def first_settings(self, parts: Sequence[Part], gradient: Tensor) -> Settings:
+        """The first dampings, tried out where the model can be run again."""
+        if self.models(parts):
+            try:
+                return self._tried_settings(parts, gradient)
+            except MissingProducts:
+                pass
+        return Settings(DAMPING * self.curvature.scale, DAMPING * self.curvature.scale)
+
+    def _tried_settings(self, parts: Sequence[Part], gradient: Tensor) -> Settings:
         """Of a ladder of dampings, largest first, the last before the loss gets worse again."""
-        if not self.models(parts):
-            return Settings(DAMPING * self.curvature.scale, DAMPING * self.curvature.scale)
         model = self._quadratic(parts)
         lowest, found = math.inf, FIRST_TRIALS[0] * self.curvature.scale
         for trial in FIRST_TRIALS:
@@ -199,8 +208,23 @@ class Planner:
         """Choose the coefficients; None if the gradient or the curvature is not finite."""
         assert self.settings is not None
         direction = self.direct(self.settings.inverse_damping)
-        if not self.models(parts):
-            return self._unmodelled(gradient, direction, abs(loss_of(parts)) or 1.0)
+        if self.models(parts):
+            try:
+                return self._modelled(step, parts, gradient, direction, previous)
+            except MissingProducts:
+                pass
+        return self._unmodelled(gradient, direction, abs(loss_of(parts)) or 1.0)
+
+    def _modelled(
+        self,
+        step: int,
+        parts: Sequence[Part],
+        gradient: Tensor,
+        direction: list[Tensor],
+        previous: list[Tensor] | None,
+    ) -> Plan | None:
+        """With the coefficients that the quadratic model asks for."""
+        assert self.settings is not None
         # When γ is tried, in the whole span: on one line it would be fitted to the line.
         averaging = self.rule.averaging(self.settings)
         every = NOISY_TRIAL_EVERY if averaging else TRIAL_EVERY

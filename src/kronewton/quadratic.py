@@ -17,10 +17,15 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from kronewton.losses import OutputCurvature
+from kronewton.losses.generic import ends_in_an_error
 from kronewton.replay import Bridge, ModelCall, Path, Replayer
 
 FORWARD_MODE = ("forward AD", "forward mode AD", "forward-mode")  # in torch's errors about it
 Vector = Sequence[Tensor]  # one tensor for each trained parameter
+
+
+class MissingProducts(Exception):
+    """The model has neither forward mode nor second derivatives; never shown to a user."""
 
 
 @dataclass(frozen=True)
@@ -304,6 +309,13 @@ class QuadraticModel:
 
     def _double_backward(self, term: Term, direction: Vector) -> Tensor:
         """J v as the derivative of v'J'u in u: three passes where forward mode takes two."""
+        try:
+            return self._twice(term, direction)
+        except (RuntimeError, NotImplementedError) as error:
+            self.replayer.without_products = str(error).split(".")[0]
+            raise MissingProducts(self.replayer.without_products) from error
+
+    def _twice(self, term: Term, direction: Vector) -> Tensor:
         with torch.enable_grad():
             parameters = [p.requires_grad_() for p in self.replayer.parameters()]
             output = self.replayer.run(term.call, term.path, parameters)
@@ -311,6 +323,9 @@ class QuadraticModel:
             pulled = torch.autograd.grad(
                 output, parameters, u, create_graph=True, materialize_grads=True
             )
+            if any(ends_in_an_error(p.grad_fn) for p in pulled):
+                # torch would leave out whatever lies behind, without a word.
+                raise RuntimeError("a function in it is marked once_differentiable")
             v = list(direction)
             (Jv,) = torch.autograd.grad(pulled, u, v)
         return Jv

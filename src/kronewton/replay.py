@@ -37,6 +37,7 @@ class Replayer:
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
         self.model, self.originals = model, list(parameters)
         self.without_forward_mode = ""  # what torch said, where it has none for this model
+        self.without_products = ""  # likewise, where it cannot be differentiated twice either
         self._modules = list(model.modules())
         self._buffers = [m._buffers for m in model.modules() if m._buffers]
         wanted = {id(p): i for i, p in enumerate(parameters)}
@@ -148,7 +149,8 @@ def follow(value: Any, path: Path) -> Tensor:
     """The tensor at a path that `leaves` gave."""
     for key in path:
         value = value[key]
-    assert isinstance(value, Tensor)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"the model returned {type(value).__name__} and not a tensor")
     return value
 
 

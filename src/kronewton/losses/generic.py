@@ -147,7 +147,7 @@ def _hessian_product(
                 return Hv
 
             product(torch.zeros_like(x))
-            if _ends_in_an_error(gradient.grad_fn):
+            if ends_in_an_error(gradient.grad_fn):
                 raise RuntimeError("a function in it is marked once_differentiable")
         except RuntimeError as error:
             raise UnsupportedError(
@@ -157,7 +157,7 @@ def _hessian_product(
         yield product
 
 
-def _ends_in_an_error(node: Node | None) -> bool:
+def ends_in_an_error(node: Node | None) -> bool:
     """Whether a path through the graph stops at a node that torch put there to raise."""
     waiting, seen = [node], set()
     while waiting:
