@@ -404,8 +404,11 @@ class Planner:
         # Where curvature is nearly gone promises are small against the loss's unit, or more than
         # there is to gain.
         promise = abs(plan.predicted)
-        odd = promise <= _rounding(parts) * _weight_of(parts) or promise > abs(loss_of(parts))
-        return due(step, self._adapt_every()) or odd
+        if due(step, self._adapt_every()) or promise > abs(loss_of(parts)):
+            return True
+        assert self.settings is not None
+        quiet = self.rule.averaging(self.settings) == 0
+        return quiet and promise <= _rounding(parts) * _weight_of(parts)
 
     def judge(self, step: int, parts: Sequence[Part], plan: Plan) -> bool:
         """Ask the rule. False if the step is so bad that it must be taken back."""

@@ -37,6 +37,7 @@ class Replayer:
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
         self.model, self.originals = model, list(parameters)
         self.without_forward_mode = ""  # what torch said, where it has none for this model
+        self.unfused = False  # attention's fused kernels have no forward mode, and one derivative
         self.without_products = ""  # likewise, where it cannot be differentiated twice either
         self._modules = list(model.modules())
         self._buffers = [m._buffers for m in model.modules() if m._buffers]
@@ -59,9 +60,9 @@ class Replayer:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_kept_buffers(self._buffers))
             stack.enter_context(_random_state(call.random_state))
-            # The fused kernels of attention can be differentiated once, and not forward.
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if call.training is not None:
+            if self.unfused:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if call.training is not None and call.training != [m.training for m in self._modules]:
                 stack.enter_context(self._mode(call.training))
             if tensors is not None:
                 stack.enter_context(self._swapped(tensors))
