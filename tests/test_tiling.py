@@ -80,6 +80,11 @@ def test_any_convolution_is_its_tiling_matrix() -> None:
     assert max(apart(*case) for case in cases(200)) <= 1e-12
 
 
+@pytest.mark.slow
+def test_so_do_thousands_more() -> None:
+    assert max(apart(*case) for case in cases(4000)) <= 1e-12
+
+
 def test_what_torch_runs_is_taken_and_nothing_else() -> None:
     rng = random.Random(1)
     for _ in range(400):

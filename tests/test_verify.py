@@ -411,3 +411,9 @@ def test_distance_is_relative_to_the_largest_term() -> None:
     assert verify.distance(1.01 * one, one, 100 * one) == pytest.approx(1e-4, rel=1e-4)
     assert verify.distance(zero, zero) == 0
     assert verify.distance(one, zero) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.identity)
+def test_the_identity_holds_for_many_seeds(check: Check) -> None:
+    assert all(check.run(source(seed)).passed for seed in range(1, 15))
