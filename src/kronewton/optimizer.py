@@ -396,7 +396,11 @@ class KFAC(Optimizer):
         """What the groups multiply an automatic step with; NaN if they differ."""
         if self.options.lr != AUTO:
             return 1.0
-        factors = {float(group["lr"]) for group in self.param_groups}
+        factors = {
+            float(group["lr"])
+            for group in self.param_groups
+            if any(id(p) in self._place for p in group["params"])
+        }
         if len(factors) > 1 and self.options.damping == AUTO:
             self._warn(
                 "the parameter groups multiply the automatic step by different lr: what the "

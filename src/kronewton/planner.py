@@ -453,6 +453,10 @@ class Planner:
         if self.options.curvature_batches > 1 and self.models(parts):
             self._earlier.append([part.at(part.output) for part in parts])
 
+    def forget_earlier(self) -> None:
+        """Let go of the batches that `remember` kept: they are of another run."""
+        self._earlier.clear()
+
     def _output(self, part: Part, tensors: Sequence[Tensor] | None) -> Tensor:
         """What the criterion would be given."""
         assert part.call is not None
@@ -469,6 +473,8 @@ class Planner:
                     output = self._output(part, tensors)
                     with self.unwatched():
                         total += float(part.weight * part.criterion(output, *part.targets))
+                except torch.OutOfMemoryError:
+                    raise
                 except (ValueError, RuntimeError, ArithmeticError, AssertionError):
                     return math.inf  # the model's own checks refuse it: too far
         return total

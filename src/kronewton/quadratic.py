@@ -315,6 +315,8 @@ class QuadraticModel:
         """J v as the derivative of v'J'u in u: three passes where forward mode takes two."""
         try:
             return self._twice(term, direction)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, NotImplementedError) as error:
             self.replayer.without_products = str(error).split(".")[0]
             raise MissingProducts(self.replayer.without_products) from error

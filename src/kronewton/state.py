@@ -85,6 +85,7 @@ def restore_planner(planner: Planner, numbers: Mapping[str, float | None]) -> No
     planner.asked, planner.undone = int(numbers["asked"] or 0), int(numbers["undone"] or 0)
     planner.broken = int(numbers["broken"] or 0)
     planner.lr = numbers["lr"] or 0.0
+    planner.forget_earlier()
     planner.curvature.largest = numbers["largest"] or 0.0
     planner.curvature.scale, planner.noise = numbers["scale"] or 0.0, numbers["noise_seen"]
     if isinstance(planner.options.damping, str):
