@@ -278,7 +278,10 @@ class Planner:
         self, model: QuadraticModel, gradient: Tensor, found: Candidate
     ) -> tuple[Candidate, int]:
         """The direction in front of a learning rate that is given: the dial's whole step."""
-        line = found.lines[0]
+        assert self.settings is not None
+        # Without the groups' lr, which multiply the refined direction once, at the end.
+        own = self.steering.precondition(self.steering.gradients(), self.settings.inverse_damping)
+        line = model.line([t.neg() for t in own])
         alone = model.subspace(gradient, [line])
         start = model.combined([line], alone.minimise(self._damping, {}))
         refinement = self._refine(model, gradient, start, [line])
