@@ -23,6 +23,7 @@ from kronewton.curvature import by_layer
 from kronewton.errors import CriterionError
 from kronewton.factors import Factors, batch_factors, reduced_factors, with_corrected
 from kronewton.layers import find_layers
+from kronewton.options import criteria_of
 from kronewton.planner import Planner
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -32,9 +33,9 @@ DETERMINISTIC = ("exact", "empirical")
 
 
 def watch(model: nn.Module, criterion: nn.Module | None, fisher: str = "exact") -> Watcher:
-    layers, _ = find_layers(model, {id(p) for p in model.parameters() if p.requires_grad})
+    found = find_layers(model, {id(p) for p in model.parameters() if p.requires_grad})
     generator = torch.Generator().manual_seed(0)
-    return Watcher(model, criterion, layers, Fisher(fisher, 1, generator), True)
+    return Watcher(model, criteria_of(criterion), found, Fisher(fisher, 1, generator), True)
 
 
 def gathered(watcher: Watcher, sharing: str = "expand") -> dict[str, Factors]:
@@ -154,9 +155,9 @@ def test_draws_average_to_the_exact_factor():
     wanted = seen_by(model, criterion, lambda: backward(model, criterion, x, y))["2"].B.mean
     errors = []
     for draws in (100, 1600):
-        layers, _ = find_layers(model, {id(p) for p in model.parameters()})
+        found = find_layers(model, {id(p) for p in model.parameters()})
         fisher = Fisher("sampled", draws, torch.Generator().manual_seed(1))
-        watcher = Watcher(model, criterion, layers, fisher, True)
+        watcher = Watcher(model, criteria_of(criterion), found, fisher, True)
         backward(model, criterion, x, y)
         found = gathered(watcher)["2"].B.mean
         watcher.close()

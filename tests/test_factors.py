@@ -209,7 +209,7 @@ def test_rotation_by_a_permutation_moves_the_eigenvalues():
 
 def running(basis_name: str) -> Curvature:
     model = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False))
-    layers, _ = find_layers(model, {id(p) for p in model.parameters()})
+    found = find_layers(model, {id(p) for p in model.parameters()})
     return Curvature(layers, basis_name)
 
 

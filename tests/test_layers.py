@@ -164,7 +164,8 @@ def test_the_bias_entry_is_the_last_and_one():
 
 def test_every_trained_parameter_is_in_a_layer_or_has_a_reason():
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 4, bias=False), nn.PReLU())
-    layers, reasons = find_layers(model, ids(model))
+    found = find_layers(model, ids(model))
+    layers, reasons = found.layers, found.reasons
     assert [layer.name for layer in layers] == ["0", "2"]
     covered = {id(p) for layer in layers for p in layer.parameters().values()}
     assert covered | set(reasons) == ids(model)
@@ -178,7 +179,8 @@ def test_frozen_parts_are_left_out():
     model[0].weight.requires_grad_(False)
     model[1].requires_grad_(False)
     model[2].bias.requires_grad_(False)
-    layers, reasons = find_layers(model, ids(model))
+    found = find_layers(model, ids(model))
+    layers, reasons = found.layers, found.reasons
     assert [(layer.name, layer.trained) for layer in layers] == [
         ("0", ("bias",)),
         ("2", ("weight",)),
@@ -189,7 +191,8 @@ def test_frozen_parts_are_left_out():
 def test_a_parameter_of_two_modules_falls_back_and_names_both():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
     model[2].weight = model[0].weight
-    layers, reasons = find_layers(model, ids(model))
+    found = find_layers(model, ids(model))
+    layers, reasons = found.layers, found.reasons
     assert [layer.name for layer in layers] == ["1"]
     assert reasons[id(model[0].weight)] == "shared by 0 and 2"
     assert id(model[0].bias) in reasons
@@ -199,7 +202,8 @@ def test_a_parameter_of_two_modules_falls_back_and_names_both():
 def test_one_module_under_two_names_is_one_layer():
     model = nn.Module()
     model.first = model.second = nn.Linear(3, 3)
-    layers, reasons = find_layers(model, ids(model))
+    found = find_layers(model, ids(model))
+    layers, reasons = found.layers, found.reasons
     assert [layer.name for layer in layers] == ["first"]
     assert not reasons
 
@@ -213,21 +217,23 @@ def test_a_subclass_is_covered_unless_it_has_a_forward_of_its_own():
             return 2 * super().forward(x)
 
     model = nn.Sequential(Named(3, 3), Doubled(3, 3))
-    layers, reasons = find_layers(model, ids(model))
+    found = find_layers(model, ids(model))
+    layers, reasons = found.layers, found.reasons
     assert [layer.name for layer in layers] == ["0"]
     assert reasons[id(model[1].weight)] == "its forward is not that of nn.Linear"
 
 
 def test_complex_parameters_are_refused():
     model = nn.Linear(3, 3, dtype=torch.complex64)
-    layers, reasons = find_layers(model, ids(model))
+    found = find_layers(model, ids(model))
+    layers, reasons = found.layers, found.reasons
     assert not layers
     assert "real floating-point" in reasons[id(model.weight)]
 
 
 def test_a_model_that_is_a_layer_itself_is_covered():
     model = nn.Linear(3, 2)
-    layers, _ = find_layers(model, ids(model))
+    found = find_layers(model, ids(model))
     assert [layer.name for layer in layers] == [""]
 
 

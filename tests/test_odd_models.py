@@ -135,7 +135,7 @@ def test_an_overwritten_target_is_not_used() -> None:
 def test_weights_that_are_computed_from_others_get_the_fallback_by_name(bias: bool) -> None:
     model = net()
     model[0] = nn.utils.spectral_norm(nn.Conv2d(3, 6, 3, padding=1, bias=bias))
-    _, reasons = find_layers(model, {id(p) for p in model.parameters()})
+    reasons = find_layers(model, {id(p) for p in model.parameters()}).reasons
     assert reasons[id(model[0].weight_orig)] == "its weight is computed from other parameters"
     train(model)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,23 +20,36 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kronewton.errors import CriterionError
-from kronewton.layers import DenseRows, Layer
+from kronewton.layers import ENTRIES, TURNED, Call, DenseRows, Found, Layer, Seen
+from kronewton.layers.base import at_least_float32
+from kronewton.layers.functional import matrices, sightings
 from kronewton.losses import OutputCurvature, check, check_values, curvature
-from kronewton.replay import Bridge, ModelCall, Path, leaves, random_state, versions
+from kronewton.recording import Recorder, Use
+from kronewton.replay import Bridge, Inner, ModelCall, Path, leaves, random_state, versions
 from kronewton.types import Rows, Statistics
 
+CHUNK = 1 << 24  # numbers in the rows that are laid out at a time
+OWN_FUNCTIONS = (nn.MultiheadAttention,)  # modules that are seen from inside, wherever called from
 STRAY_FORWARDS = 8  # forwards without a backward whose graphs are kept at most
 
 
 @dataclass(eq=False)
 class LayerCall:
-    """One call of a watched layer: its rows a and where its output is in the graph."""
+    """One use of a layer's matrix: its rows a, and where its output is in the graph."""
 
-    layer: Layer
-    a: Rows  # (…, N, S, d_in)
-    batched: bool  # or a single example without a dimension for it
-    edge: GradientEdge
+    layer: Layer  # whose block gets the statistics
+    term: str  # the name that they are filed under
+    seen: Seen  # without its outputs, which the graph need not keep
+    edges: list[GradientEdge]
     forward: int  # which forward of the model it belongs to
+
+    @property
+    def a(self) -> Rows:
+        return self.seen.a
+
+    def rows(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """b (…, N, S, d_out)."""
+        return self.seen.rows(gradients)
 
 
 @dataclass(eq=False)
@@ -75,44 +88,55 @@ class Part:
 
 
 class Watcher:
-    """Watches one model and at most one criterion."""
+    """Watches one model and the criteria that make up its loss."""
 
     def __init__(
         self,
         model: nn.Module,
-        criterion: nn.Module | None,
-        layers: Sequence[Layer],
+        criteria: Sequence[nn.Module],
+        found: Found,
         fisher: Fisher,
         replays: bool,
     ) -> None:
         self.capturing = True  # statistics are due in this step
         self._indirect = False  # the criterion was seen on something that the model did not return
         self.replays = replays
-        self.layers = {id(layer.module): layer for layer in layers}
-        self.fisher = fisher
-        self.criterion = criterion
+        self.found, self.fisher, self.criteria = found, fisher, tuple(criteria)
+        self.unexplained: dict[str, str] = {}  # layers whose rows do not give their gradient: why
+        self._verified: set[str] = set()
+        self._inside = {id(m) for m in model.modules()} & {id(c) for c in criteria}
+        self.layers: dict[int, list[Layer]] = {}  # by the module whose calls show them
+        for layer in [*found.layers, *found.guests]:
+            if layer.kind.hooked:
+                self.layers.setdefault(id(layer.module), []).append(layer)
         self._paused = False
+        self._recorder = Recorder(self._on_use)
+        self._recording: list[bool] = []  # of the modules that are running: whether it was entered
         self._clear()
-        handles = [
-            layer.module.register_forward_hook(
-                _Hook(self, layer.module, "_on_layer"), with_kwargs=True
-            )
-            for layer in layers
-        ]
-        handles.append(
-            model.register_forward_pre_hook(_Hook(self, model, "_before_model"), with_kwargs=True)
-        )
-        handles.append(model.register_forward_hook(_Hook(self, model, "_after_model")))
-        if criterion is not None:
+        self._finalizer = weakref.finalize(self, _remove, self._hooks(model))
+
+    def _hooks(self, model: nn.Module) -> list[Any]:
+        """Register every hook there is."""
+        modules = {id(m): m for m in model.modules() if id(m) in self.layers}
+        named = {"with_kwargs": True}
+        handles: list[Any] = []
+        for module in modules.values():
+            hook = _Hook(self, module, "_on_layer")
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        for module in (model, *(m for m in model.modules() if isinstance(m, OWN_FUNCTIONS))):
             handles += [
-                criterion.register_forward_pre_hook(
-                    _Hook(self, criterion, "_before_criterion"), with_kwargs=True
-                ),
-                criterion.register_forward_hook(
-                    _Hook(self, criterion, "_on_criterion"), with_kwargs=True
-                ),
+                module.register_forward_pre_hook(_Hook(self, module, "_enter")),
+                module.register_forward_hook(_Hook(self, module, "_leave"), always_call=True),
             ]
-        self._finalizer = weakref.finalize(self, _remove, handles)
+        before, after = _Hook(self, model, "_before_model"), _Hook(self, model, "_after_model")
+        handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(model.register_forward_hook(after))
+        for criterion in self.criteria:
+            before = _Hook(self, criterion, "_before_criterion")
+            after = _Hook(self, criterion, "_on_criterion")
+            handles.append(criterion.register_forward_pre_hook(before, **named))
+            handles.append(criterion.register_forward_hook(after, **named))
+        return handles
 
     def close(self) -> None:
         """Remove every hook."""
@@ -125,7 +149,9 @@ class Watcher:
         self._forward = 0
         self._open: list[ModelCall] = []
         self._outputs: list[tuple[int, Tensor, ModelCall, Path]] = []
-        self._arrivals: list[tuple[LayerCall, Tensor]] = []
+        self._arrivals: list[tuple[LayerCall, dict[int, Tensor]]] = []
+        self._uses: list[tuple[int, Use]] = []
+        self._inner_calls: dict[int, int] = {}  # of a criterion inside the model, in this forward
 
     def discard(self) -> None:
         """Forget what was committed: its gradients are thrown away."""
@@ -150,7 +176,7 @@ class Watcher:
         if any(part.call is not None for part in parts):
             # A criterion shared with another model is called on that model's outputs, too.
             parts = [part for part in parts if part.call is not None or part.statistics]
-        if not parts and self.capturing and self.criterion is None:
+        if not parts and self.capturing and not self.criteria:
             parts = self._unwatched_part()
         for part in parts:
             for name, stats in part.statistics.items():
@@ -174,6 +200,7 @@ class Watcher:
                 "drop_last=True."
             )
         self._forward += 1
+        self._inner_calls = {}
         state = random_state() if self.replays else (torch.empty(0), [])
         training = [m.training for m in model.modules()] if self.replays else None
         self._open.append(ModelCall(args, kwargs, state, versions((args, kwargs)), training))
@@ -193,20 +220,67 @@ class Watcher:
     def _on_layer(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self.capturing or not self._watching():
             return
-        if not isinstance(output, Tensor) or not output.requires_grad:
-            return
-        layer = self.layers[id(module)]
-        inputs = args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
-        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-            # The user may put the next batch where this one is; activations stay as they are.
-            own = inputs.detach() if inputs.requires_grad else inputs.clone()
-            a = layer.kind.input_rows(layer, at_least_float32(own), output.shape)
-        edge = get_gradient_edge(output)
-        batched = output.dim() > layer.kind.example_dims(layer)
-        call = LayerCall(layer, a, batched, edge, self._forward)
+        # What the module did by functions of torch's own is its kind's to tell.
+        self._uses = [found for found in self._uses if found[1].output is not output]
+        layers = self.layers[id(module)]
+        call = Call(args, kwargs, output)
+        with torch.no_grad(), torch.autocast(_device(args, kwargs), enabled=False):
+            sights = layers[0].kind.watch(layers, call)
+        for layer, seen in zip(layers, sights, strict=True):
+            if seen is not None:
+                self._saw(layer.owner or layer, layer.term, seen, seen.outputs)
+
+    def _saw(
+        self, layer: Layer, term: str, seen: Seen, outputs: Sequence[Tensor | GradientEdge]
+    ) -> None:
+        edges = [get_gradient_edge(t) if isinstance(t, Tensor) else t for t in outputs]
+        call = LayerCall(layer, term, replace(seen, outputs=()), edges, self._forward)
         if self.fisher.rides_along:
-            output.register_hook(_Arrival(self, call))
+            self._await(call, outputs)
         self.calls.append(call)
+
+    def _await(self, call: LayerCall, outputs: Sequence[Tensor | GradientEdge]) -> None:
+        """Wait for the training gradients in a layer's outputs."""
+        for k, output in enumerate(outputs):
+            hook = _Arrival(self, call, k)
+            if isinstance(output, Tensor):
+                output.register_hook(hook)
+            else:  # the tensor may have been changed in place since
+                output.node.register_prehook(hook.of_node(output.output_nr))
+
+    # What is used without a module's call.
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        enters = self.capturing and self._watching() and not any(self._recording)
+        enters = enters and not _compiled(module)
+        if enters:
+            self._recorder.__enter__()
+        self._recording.append(enters)
+
+    def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
+        if torch.compiler.is_compiling() or not self._recording:
+            return
+        if self._recording.pop():
+            self._recorder.__exit__(None, None, None)
+            self._resolve()
+
+    def _on_use(self, use: Use) -> None:
+        if self._watching():
+            self._uses.append((self._forward, use))
+
+    def _resolve(self) -> None:
+        """File the uses of matrices that no module's call has told of."""
+        uses, self._uses = self._uses, []
+        if not uses:
+            return
+        owners = matrices(self.found.layers)
+        for forward, use in uses:
+            for layer, turned, seen in sightings(use, owners):
+                term = layer.name + (TURNED if turned else "")
+                self._saw(layer, term, seen, [use.edge])
+                self.calls[-1].forward = forward
 
     # The criterion.
 
@@ -250,6 +324,7 @@ class Watcher:
     ) -> Part | None:
         fixed = tuple(t.detach() if isinstance(t, Tensor) else t for t in targets)
         part = Part(criterion, output.detach(), fixed, versions(fixed))
+        self._resolve()
         self._locate(part, output)
         found = self._backpropagate(part, output) if self.capturing else self._indirect
         if part.call is None and not found:
@@ -261,6 +336,12 @@ class Watcher:
 
     def _locate(self, part: Part, output: Tensor) -> None:
         """Find which output of the model the criterion was given, so that it can be rerun."""
+        if id(part.criterion) in self._inside and self._open:
+            count = self._inner_calls.get(id(part.criterion), 0)
+            self._inner_calls[id(part.criterion)] = count + 1
+            part.call, part.path = self._open[-1], (Inner(part.criterion, count),)
+            part.forwards = frozenset([self._forward])
+            return
         for forward, tensor, call, path in reversed(self._outputs):
             if tensor is output:
                 part.call, part.path, part.forwards = call, path, frozenset([forward])
@@ -277,48 +358,113 @@ class Watcher:
 
     def _backpropagate(self, part: Part, output: Tensor) -> bool:
         """Fill in the part's statistics; False if no watched layer leads to its output."""
-        calls = list(self.calls)
-        part.batched = all(call.batched for call in calls)
-        edges = [call.edge for call in calls]
-        if not calls:
-            return False
+        calls = [call for call in self.calls if call.layer.name not in self.unexplained]
+        part.batched = all(call.seen.batched for call in calls)
         if self.fisher.rides_along:
-            if part.call is not None:
-                return True
+            if part.call is not None or not calls:
+                return bool(calls)
             part.forwards = frozenset(call.forward for call in calls)
-            return _leads_to(edges, output)
+            return _leads_to([edge for call in calls for edge in call.edges], output)
+        wanted = self._wanted(calls)
         with torch.no_grad():
             weights = part.curvature().weights
-        rows: list[Sequence[Tensor | None]] = []
+        rows: list[list[Tensor | None]] = []
         with self.paused():  # checkpointed layers run again in here
             for cotangent in self.fisher.cotangents(part.curvature()):
                 u = cotangent.to(output.dtype)
-                rows.append(torch.autograd.grad(output, edges, u, True, allow_unused=True))
-        return self._file(part, calls, rows, weights)
+                if not wanted.sources:
+                    return False
+                found = torch.autograd.grad(output, wanted.sources, u, True, allow_unused=True)
+                rows.append(list(found))
+        return self._file(part, wanted, rows, weights)
 
+    def _wanted(self, calls: Sequence[LayerCall]) -> Wanted:
+        """In what gradients are needed: outputs of layers, and some parameters themselves."""
+        shown = {call.layer.name for call in calls}
+        alone = [
+            layer
+            for layer in self.found.layers
+            if layer.name not in shown and any(p.requires_grad for p in layer.whole().values())
+        ]
+        new = [
+            layer
+            for layer in self.found.layers
+            if layer.name in shown and layer.name not in self._verified
+        ]
+        return Wanted(calls, alone, new)
+
+    @torch.no_grad()
     def _file(
         self,
         part: Part,
-        calls: Sequence[LayerCall],
+        wanted: Wanted,
         rows: Sequence[Sequence[Tensor | None]],
         weights: Tensor,
     ) -> bool:
         reached: dict[str, list[tuple[LayerCall, Tensor]]] = {}
-        for k, call in enumerate(calls):
-            found = [gradients[k] for gradients in rows]
-            if all(g is not None for g in found):
-                rows_b = [_output_rows(call, g) for g in found if g is not None]
-                b = torch.stack(rows_b, -4)  # (…, V, N, S, d_out)
-                reached.setdefault(call.layer.name, []).append((call, b))
-        for name, seen in reached.items():
-            stats = [self._statistics(call, b, weights) for call, b in seen]
-            part.statistics[name] = stats
-        used = [call.forward for seen in reached.values() for call, _ in seen]
-        part.forwards = frozenset(used)
-        return bool(used)
+        for call, at in zip(wanted.calls, wanted.of_calls, strict=True):
+            found = [gradients[at] for gradients in rows]
+            if all(any(g is not None for g in draw) for draw in found):
+                b = torch.stack([call.rows(draw) for draw in found], -4)  # (…, V, N, S, d_out)
+                reached.setdefault(call.term, []).append((call, b))
+        alone = {
+            layer.name: [_own_gradient(layer, draw, wanted.place) for draw in rows]
+            for layer in (*wanted.alone, *wanted.new)
+        }
+        for layer in wanted.new:
+            self._verify(layer, reached, alone.pop(layer.name))
+        for name, G in alone.items():
+            if all(g is not None for g in G):
+                self._file_entries(part, name, torch.stack([g for g in G if g is not None]))
+        for term, seen in reached.items():
+            if seen[0][0].layer.name not in self.unexplained:
+                part.statistics[term] = [self._statistics(call, b, weights) for call, b in seen]
+        used = {call.forward for seen in reached.values() for call, _ in seen}
+        part.forwards = part.forwards | used
+        return bool(used or part.statistics)
+
+    def _verify(
+        self,
+        layer: Layer,
+        reached: Mapping[str, list[tuple[LayerCall, Tensor]]],
+        exact: Sequence[Tensor | None],
+    ) -> None:
+        """Compare a layer's gradient with what its rows make of it, when it is first seen.
+
+        A matrix that is used in ways that nobody has seen (by a function that is not watched, or
+        by a module that is not what it seems) would have a block that is wrong without a word.
+        """
+        G = exact[0]
+        if G is None or not bool(G.any()):
+            return
+        self._verified.add(layer.name)
+        made = torch.zeros_like(G)
+        for term, seen in reached.items():
+            for call, b in seen:
+                if call.layer is layer:
+                    g = gradient_of(call.a, b.select(-4, 0))
+                    made += g.mT if term.endswith(TURNED) else g
+        if bool((made - G).norm() > _tolerance(layer, G) * G.norm()):
+            self.unexplained[layer.name] = (
+                "it is used in a way that cannot be watched, beside or instead of its module's call"
+            )
+            self._verified.discard(layer.name)
+
+    def _file_entries(self, part: Part, name: str, G: Tensor) -> None:
+        """Gradients in a layer's own entries (V, …) as rows of one example."""
+        b = G.flatten(1)[:, None, None, :]  # (V, 1, 1, numbers)
+        ones = DenseRows(b.new_ones(1, 1, 1))
+        stats = Statistics(ones, b, b.new_ones(()), max(part.forwards, default=0))
+        part.statistics[name + ENTRIES] = [stats]
 
     def _statistics(self, call: LayerCall, b: Tensor, weights: Tensor) -> Statistics:
-        return Statistics(call.a, b, row_weights(weights, *call.a.counts), call.forward)
+        N, S = call.a.counts
+        w = row_weights(weights, N, S)
+        if call.seen.present is not None:
+            w = w.expand(N, S) * call.seen.present
+        elif S > 1 and not call.layer.kind.sums and b.dim() == 4 and b.device.type == "cpu":
+            w = with_mask(w, (b != 0).any(-1).any(0))
+        return Statistics(call.a, b, w, call.forward)
 
     # What arrives in the user's own backward pass.
 
@@ -330,13 +476,27 @@ class Watcher:
         if not self.fisher.rides_along:
             self.calls = [call for call in self.calls if call.forward not in part.forwards]
 
-    def _arrived(self, call: LayerCall, gradient: Tensor) -> None:
-        b = _output_rows(call, gradient).unsqueeze(-4)  # (…, 1, N, S, d_out)
-        self._arrivals.append((call, b))
+    def _arrived(self, call: LayerCall, k: int, gradient: Tensor) -> None:
+        # Outputs of one call (a recurrent layer's) arrive one by one; twice is another backward.
+        for known, gradients in reversed(self._arrivals):
+            if known is call and k not in gradients:
+                gradients[k] = gradient
+                return
+        self._arrivals.append((call, {k: gradient}))
+
+    def _arrived_rows(self) -> Iterator[tuple[LayerCall, Tensor]]:
+        for call, gradients in self._arrivals:
+            with torch.no_grad():
+                yield (
+                    call,
+                    call.rows([gradients.get(k) for k in range(len(call.edges))]).unsqueeze(-4),
+                )
 
     def _file_arrivals(self) -> None:
         """Training gradients as rows b: each is weight·ω·∇ℓ, and √ω·∇ℓ is what is wanted."""
-        for call, b in self._arrivals:
+        if not self.parts:
+            return
+        for call, b in self._arrived_rows():
             parts = [p for p in self.parts if call.forward in p.forwards]
             if not parts or parts[0].weight is None:
                 continue
@@ -347,7 +507,7 @@ class Watcher:
             root = torch.where(root > 0, root, torch.inf)  # masked rows stay zero
             rows = b / (root if root.dim() == 0 else root.unsqueeze(-1))
             filed = replace(stats, b=rows)
-            parts[0].statistics.setdefault(call.layer.name, []).append(filed)
+            parts[0].statistics.setdefault(call.term, []).append(filed)
 
     def _unwatched_part(self) -> list[Part]:
         """All gradients that arrived without a criterion, as one part.
@@ -357,16 +517,17 @@ class Watcher:
         """
         if not self._arrivals:
             return []
+        arrived = list(self._arrived_rows())
         examples: dict[str, int] = {}
-        for call, b in self._arrivals:
-            examples[call.layer.name] = examples.get(call.layer.name, 0) + b.shape[-3]
+        for call, b in arrived:
+            examples[call.term] = examples.get(call.term, 0) + b.shape[-3]
         # The smallest: a layer that is called twice in a forward pass sees its examples twice.
         N = min(examples.values())
-        one = self._arrivals[0][1].new_ones(())
+        one = arrived[0][1].new_ones(())
         part = Part(nn.Identity(), one, (), [], weight=one)
-        for call, b in self._arrivals:
+        for call, b in arrived:
             stats = self._statistics(call, b * N**0.5, one / N)
-            part.statistics.setdefault(call.layer.name, []).append(stats)
+            part.statistics.setdefault(call.term, []).append(stats)
         return [part]
 
 
@@ -384,11 +545,24 @@ class Fisher:
     def cotangents(self, at: OutputCurvature) -> Iterator[Tensor]:
         """Cotangents u at the criterion's input with Σ u u' = Λ, or its expectation."""
         if self.mode == "exact":
-            yield from at.columns()
+            for column in at.columns():
+                yield self._signed(column)
             return
         for _ in range(self.draws):
             draw = at.draw(self.generator)
             yield draw if self.draws == 1 else draw * self.draws**-0.5
+
+    def _signed(self, column: Tensor) -> Tensor:
+        """A column with a sign drawn for each example.
+
+        One column serves all examples at once. What they share behind the criterion (a parameter's
+        own gradient, a positional table) would add them up: with signs, their products cancel in
+        the mean. Rows of one example only are the same with either sign.
+        """
+        if column.dim() < 2 or len(column) == 1:
+            return column
+        draw = torch.randint(0, 2, (len(column),), generator=self.generator, device=column.device)
+        return column * (2 * draw - 1).to(column.dtype).reshape(-1, *[1] * (column.dim() - 1))
 
 
 class _Hook:
@@ -443,13 +617,88 @@ class _Commit:
 class _Arrival:
     """On a layer's output: a training gradient has arrived."""
 
-    def __init__(self, watcher: Watcher, call: LayerCall) -> None:
-        self._watcher, self._call = weakref.ref(watcher), call
+    def __init__(self, watcher: Watcher, call: LayerCall, k: int) -> None:
+        self._watcher, self._call, self._k = weakref.ref(watcher), call, k
 
     def __call__(self, gradient: Tensor) -> None:
         watcher = self._watcher()
         if watcher is not None and not watcher._paused:
-            watcher._arrived(self._call, gradient.detach())
+            watcher._arrived(self._call, self._k, gradient.detach())
+
+    def of_node(self, place: int) -> Callable[[tuple[Tensor, ...]], None]:
+        """The same for a node of the graph, whose outputs' gradients come together."""
+
+        def hook(gradients: tuple[Tensor, ...]) -> None:
+            if gradients[place] is not None:
+                self(gradients[place])
+
+        return hook
+
+
+class Wanted:
+    """The gradients that one backward pass is asked for, and where each of them will stand."""
+
+    def __init__(
+        self, calls: Sequence[LayerCall], alone: Sequence[Layer], new: Sequence[Layer]
+    ) -> None:
+        self.calls, self.alone, self.new = calls, alone, new
+        self.sources: list[Any] = []
+        self.of_calls: list[slice] = []
+        self.place: dict[int, int] = {}  # of a parameter, by its id
+        for call in calls:
+            self.of_calls.append(slice(len(self.sources), len(self.sources) + len(call.edges)))
+            self.sources += call.edges
+        for layer in (*alone, *new):
+            for p in layer.whole().values():
+                if id(p) not in self.place and p.requires_grad:
+                    self.place[id(p)] = len(self.sources)
+                    self.sources.append(p)
+
+
+def _own_gradient(
+    layer: Layer, gradients: Sequence[Tensor | None], place: Mapping[int, int]
+) -> Tensor | None:
+    """The gradient in a layer's parameters as its matrix; None if the output does not need them."""
+    whole = layer.whole()
+    found = {k: gradients[place[id(p)]] if id(p) in place else None for k, p in whole.items()}
+    if all(g is None for g in found.values()):
+        return None
+    tensors = {}
+    for k, g in found.items():
+        g = torch.zeros_like(whole[k]) if g is None else g
+        tensors[k] = layer.cut(k, at_least_float32(g.to_dense() if g.is_sparse else g))
+    return layer.kind.matrix(layer, tensors)
+
+
+def gradient_of(a: Rows, b: Tensor) -> Tensor:
+    """Σ b a' over rows b (…, N, S, d_out), some examples at a time: (…, d_out, d_in)."""
+    N, S = a.counts
+    step = max(1, CHUNK // max(1, S * a.width))
+    total = b.new_zeros(*b.shape[:-3], b.shape[-1], a.width)
+    for n in range(0, N, step):
+        rows = a.dense(n, n + step).flatten(-3, -2)
+        total += b[..., n : n + step, :, :].flatten(-3, -2).mT @ rows.to(b.dtype)
+    return total
+
+
+def _tolerance(layer: Layer, G: Tensor) -> float:
+    """How far a gradient that is made from rows may be from autograd's by rounding alone."""
+    half = any(p.dtype not in (torch.float32, torch.float64) for p in layer.whole().values())
+    if half or torch.is_autocast_enabled(G.device.type):
+        return 0.3
+    return 1e-6 if G.dtype == torch.float64 else 1e-2
+
+
+def _device(args: Any, kwargs: Any) -> str:
+    return next((t.device.type for _, t in leaves((args, kwargs))), "cpu")
+
+
+def _compiled(module: nn.Module) -> bool:
+    """Whether torch.compile will run any of it: a function mode would be traced with it."""
+    return any(
+        getattr(m, "_compiled_call_impl", None) is not None or "_orig_mod" in m._modules
+        for m in module.modules()
+    )
 
 
 def row_weights(weights: Tensor, N: int, S: int) -> Tensor:
@@ -465,6 +714,19 @@ def row_weights(weights: Tensor, N: int, S: int) -> Tensor:
     if weights.dim() > 0 and weights.shape[0] == N:
         return weights.reshape(N, -1).mean(1, keepdim=True).expand(N, S)
     return weights.mean()
+
+
+def with_mask(weights: Tensor, alive: Tensor) -> Tensor:
+    """Weights of rows (N, S) where rows that nothing flows back to are not there.
+
+    A row that the criterion gives no weight but that others depend on (a prompt, through
+    attention) is as much there as the average row.
+    """
+    if bool(alive.all()) and (weights.dim() == 0 or bool((weights > 0).all())):
+        return weights
+    spread = weights.expand(alive.shape)
+    mean = spread.sum() / (spread > 0).sum().clamp_min(1)
+    return torch.where(alive, torch.where(spread > 0, spread, mean), torch.zeros_like(spread))
 
 
 def joined(calls: list[Statistics]) -> list[Statistics]:
@@ -488,15 +750,6 @@ def _joined(calls: list[Statistics]) -> Statistics:
         weights = torch.cat([s.weights.expand(s.a.counts) for s in calls], 1)
     a = DenseRows(torch.cat([s.a.dense() for s in calls], -2))
     return Statistics(a, torch.cat([s.b for s in calls], -2), weights, first.forward)
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision is widened: second moments of bf16 numbers lose most of their digits."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-
-
-def _output_rows(call: LayerCall, gradient: Tensor) -> Tensor:
-    return call.layer.kind.output_rows(call.layer, at_least_float32(gradient))
 
 
 def _arguments(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -6,6 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
+
+from kronewton.curvature import Curvature
+from kronewton.layers import ENTRIES, Layer
+
 
 @dataclass(frozen=True)
 class Row:
@@ -16,6 +22,7 @@ class Row:
     kind: str
     method: str  # how its step is made
     why: str  # the reason, where it is not K-FAC
+    sharing: str  # how one Kronecker product stands for several positions
     memory: int  # bytes of curvature that the layer of this parameter keeps
     curved: bool  # whether curvature has a part in it
 
@@ -35,7 +42,7 @@ class Coverage:
     rows: tuple[Row, ...]
     note: str
 
-    HEADER = ("parameter", "shape", "kind", "method", "share", "memory", "why")
+    HEADER = ("parameter", "shape", "kind", "method", "sharing", "share", "memory", "why")
 
     def cells(self) -> list[tuple[str, ...]]:
         """The table's text, row by row, without the header."""
@@ -46,6 +53,7 @@ class Coverage:
                 "×".join(map(str, row.shape)) or "scalar",
                 row.kind,
                 row.method,
+                row.sharing,
                 f"{row.numel / total:.1%}",
                 readable_bytes(row.memory),
                 row.why,
@@ -68,6 +76,30 @@ class Coverage:
 
     def _repr_html_(self) -> str:
         return html_table(self.HEADER, self.cells(), self.summary())
+
+
+def covered(layer: Layer, curvature: Curvature, basis: str, why: str) -> tuple[str, str, int]:
+    """How a layer is covered: method, sharing, and the bytes of curvature that it keeps."""
+    terms = curvature.terms(layer.name)
+    alone = terms == [layer.name + ENTRIES] or (not terms and bool(why))
+    memory = curvature.memory(layer.name)
+    if alone:
+        return "diagonal", "—", memory
+    sides = [curvature.sides(term) for term in terms or [layer.name] if not lazy(layer)]
+    parts = ["sum of two K-FAC" if len(terms) == 2 else f"K-FAC {basis}"]
+    parts += dict.fromkeys(s.described() for s in sides if s.described())
+    sharing = dict.fromkeys(curvature.sharing(term) for term in terms or [layer.name])
+    return "; ".join(parts), "summed" if layer.kind.sums else ", ".join(sharing), memory
+
+
+def lazy(layer: Layer) -> bool:
+    """Whether a layer's parameters have no shape yet."""
+    return any(isinstance(p, UninitializedParameter) for p in layer.whole().values())
+
+
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
+    """A parameter's shape; (0,) of one that has none yet."""
+    return (0,) if isinstance(parameter, UninitializedParameter) else tuple(parameter.shape)
 
 
 def text_table(header: Sequence[str], cells: Sequence[Sequence[str]], summary: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,6 +16,7 @@ from kronewton.factors import (
     all_reduced,
     batch_factors,
     best_factors,
+    nearer_sharing,
     rotated,
     with_corrected,
 )
@@ -26,9 +27,20 @@ from kronewton.inverse import (
     eigen_basis,
     factored_inverse,
 )
-from kronewton.layers import Layer
+from kronewton.layers import ENTRIES, TURNED, Layer
+from kronewton.pair import (
+    ExactPairInverse,
+    PairInverse,
+    Product,
+    common_sides,
+    exact_pair,
+    oriented,
+    pair_inverse,
+)
+from kronewton.structure import DENSE, DIAGONAL, Sides, side_of
 from kronewton.types import Statistics
 
+ENTRIES_DECAY = 0.95  # of running squares of gradients, at least
 LEAST = 1e-10  # of the scale over the largest that there was
 
 
@@ -46,59 +58,122 @@ def due_in_turn(step: int, every: int, names: Sequence[str]) -> set[str]:
 
 
 class Curvature:
-    """Running factors and inverses by layer name, in one of the three bases."""
+    """Running factors and inverses of all layers, in one of the three bases.
 
-    def __init__(self, layers: Sequence[Layer], basis: str, sharing: str = "expand") -> None:
+    A layer's block is the sum of its terms: its matrix as it is, turned (a table that is also a
+    linear layer), or, where no rows can be seen, entry by entry.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        basis: str,
+        sharing: Callable[[str], str],
+        largest: Callable[[str], int],
+    ) -> None:
         self.layers = {layer.name: layer for layer in layers}
-        self.sharing = sharing
-        self._build = best_factors if sharing == "best" else batch_factors
         self.basis = basis
-        self.factors: dict[str, Factors] = {}
-        self.inverses: dict[str, Inverse] = {}
+        self.asked, self.largest_side = sharing, largest
+        self.chosen: dict[str, str] = {}  # of a term: expand or reduce, where that is automatic
+        self.factors: dict[str, Factors] = {}  # of a term
+        self.inverses: dict[str, Inverse] = {}  # of a layer
         self._batch: dict[str, Sequence[Observation]] = {}  # what was learnt in this step
         self.largest = 0.0  # of all scales so far
         self.scale = 0.0  # mean eigenvalue of all blocks together, in units of the loss
         self.dropped = 0  # batches of a layer left out because they were not finite
         self.failed = 0  # inversions that failed, the last good one being kept
 
+    def terms(self, name: str) -> list[str]:
+        """The terms of a layer's block that are known; entries only where there is nothing else."""
+        seen = [name + how for how in ("", TURNED) if name + how in self.factors]
+        return seen or [t for t in (name + ENTRIES,) if t in self.factors]
+
+    def sharing(self, term: str) -> str:
+        """How one Kronecker product stands for several positions; "auto" until it is chosen."""
+        layer = self.layers[layer_of(term)]
+        if layer.kind.sums or term.endswith(ENTRIES):
+            return "reduce"  # a is 1: gradients summed over positions are exact
+        asked = self.asked(layer.name)
+        return self.chosen.get(term, asked) if asked == "auto" else asked
+
+    def sides(self, term: str) -> Sides:
+        """How the factors of a term are stored."""
+        layer = self.layers[layer_of(term)]
+        shape = layer.kind.matrix(layer, layer.parameters()).shape
+        if term.endswith(ENTRIES):
+            return Sides(DENSE, DIAGONAL)
+        if term.endswith(TURNED):
+            d_out, d_in = shape[-2:]
+            largest = self.largest_side(layer.name)
+            return Sides(side_of(d_out, d_in, largest), side_of(d_in, d_out, largest))
+        return layer.kind.sides(shape, self.largest_side(layer.name), self.sharing(term))
+
     def learn(self, observations: Mapping[str, Sequence[Observation]], decay: float) -> None:
-        """Add one batch to the running factors of every layer that took part in it.
+        """Add one batch to the running factors of every term that took part in it.
 
         decay: the weight of what is known so far, against one for the batch.
         """
-        for name, seen in observations.items():
-            seen = all_reduced(seen) if self.sharing == "reduce" else seen
-            batch = self._build(seen)
+        for term, found in observations.items():
+            seen = self._shared(term, found)
+            sides = self.factors[term].sides if term in self.factors else self.sides(term)
+            batch = self._build(term, seen, sides)
             if not bool(batch.finite()):
                 self.dropped += 1
             elif bool((batch.A.count > 0) & (batch.trace() > 0)):
                 # Without curvature (all masked, or a saturated softmax) there is nothing to learn.
-                self._batch[name] = seen
-                self._learn_layer(name, batch, seen, decay)
+                self._batch[term] = seen
+                # One draw says little about an entry: it takes the average of many.
+                own = max(decay, ENTRIES_DECAY) if term.endswith(ENTRIES) else decay
+                self._learn_term(term, batch, seen, own)
         if observations and self.factors:
             trace = torch.stack([f.trace() for f in self.factors.values()]).sum()
-            scale = float(trace) / sum(f.size for f in self.factors.values())
+            sizes = {layer_of(term): f.size for term, f in self.factors.items()}
+            scale = float(trace) / sum(sizes.values())
             self.largest = max(self.largest, scale)
             # Where a loss is all but zero so is its curvature, and dampings must not follow.
             self.scale = max(scale, LEAST * self.largest)
 
-    def _learn_layer(
-        self, name: str, batch: Factors, seen: Sequence[Observation], decay: float
+    def _shared(self, term: str, seen: Sequence[Observation]) -> Sequence[Observation]:
+        """The statistics as the term's sharing takes them."""
+        if self.sharing(term) == "auto":
+            self.chosen[term] = nearer_sharing(seen)
+        return all_reduced(seen) if self.sharing(term) == "reduce" else seen
+
+    def _build(self, term: str, seen: Sequence[Observation], sides: Sides) -> Factors:
+        if self.sharing(term) == "best" and sides.dense:
+            return best_factors(seen)
+        return batch_factors(seen, sides)
+
+    def _learn_term(
+        self, term: str, batch: Factors, seen: Sequence[Observation], decay: float
     ) -> None:
-        before = self.factors.get(name)
-        basis = self.inverses.get(name)
+        before = self.factors.get(term)
         if self.basis == "corrected":
-            if not isinstance(basis, EigenInverse):
-                basis = eigen_basis(batch.A.mean, batch.B.mean, name)
-            batch = with_corrected(batch, seen, basis.U_A, basis.U_B)
+            basis = self._own_basis(term) or eigen_basis(
+                batch.A.mean, batch.B.mean, term, batch.sides
+            )
+            batch = with_corrected(batch, seen, *basis.basis)
+            self.inverses.setdefault(layer_of(term), basis)
         running = batch if before is None else before.then(batch, decay)
-        self.factors[name] = running
-        if isinstance(basis, EigenInverse) and running.s is not None:
-            self.inverses[name] = replace(basis, s=running.s.mean)
+        self.factors[term] = running
+        own = self._own_basis(term)
+        if own is not None and running.s is not None:
+            self.inverses[layer_of(term)] = replace(own, s=running.s.mean)
+
+    def _own_basis(self, term: str) -> EigenInverse | None:
+        """The eigenbasis of a term that is all there is of its layer."""
+        inverse, terms = self.inverses.get(layer_of(term)), self.terms(layer_of(term))
+        alone = terms in ([], [term])
+        return inverse if alone and isinstance(inverse, EigenInverse) else None
 
     def forget_batch(self) -> None:
         """Let go of the step's rows a and b."""
         self._batch = {}
+
+    @property
+    def known(self) -> list[str]:
+        """The layers of which anything is known."""
+        return list(dict.fromkeys(layer_of(term) for term in self.factors))
 
     def refresh(self, names: Collection[str], damping: float) -> None:
         """Invert again, for the named layers and for those that have no inverse yet.
@@ -106,8 +181,8 @@ class Curvature:
         An inversion that fails leaves the last good inverse in place and is counted; without one
         NotPositiveDefinite is raised.
         """
-        for name in self.factors:
-            if name in names or name not in self.inverses:
+        for name in self.known:
+            if name in names or not self._up_to_date(name):
                 try:
                     self._refresh_layer(name, damping)
                 except NotPositiveDefinite:
@@ -115,48 +190,59 @@ class Curvature:
                     if name not in self.inverses:
                         raise
 
+    def _up_to_date(self, name: str) -> bool:
+        """Whether a layer has an inverse, and of all its terms."""
+        pair = isinstance(self.inverses.get(name), (PairInverse, ExactPairInverse))
+        return name in self.inverses and pair == (len(self.terms(name)) == 2)
+
     def _refresh_layer(self, name: str, damping: float) -> None:
-        factors = self.factors[name]
-        if self.basis == "factored":
-            self.inverses[name] = self._factored(name, damping)
+        terms = self.terms(name)
+        if self.basis == "factored" or len(terms) == 2:
+            self.inverses[name] = self._damped(name, damping)
             return
-        new = eigen_basis(factors.A.mean, factors.B.mean, name)
-        old = self.inverses.get(name)
-        if factors.s is not None and isinstance(old, EigenInverse):
-            s = self._carried(factors, old, new, self._batch.get(name))
-            self.factors[name] = replace(factors, s=s)
+        (term,) = terms
+        factors = self.factors[term]
+        new = eigen_basis(factors.A.mean, factors.B.mean, name, factors.sides)
+        old = self._own_basis(term)
+        if factors.s is not None and old is not None:
+            s = self._carried(factors, old, new, term)
+            self.factors[term] = replace(factors, s=s)
             new = replace(new, s=s.mean)
         self.inverses[name] = new
 
-    def _carried(
-        self,
-        factors: Factors,
-        old: EigenInverse,
-        new: EigenInverse,
-        seen: Sequence[Observation] | None,
-    ) -> Moment:
+    def _carried(self, factors: Factors, old: EigenInverse, new: EigenInverse, term: str) -> Moment:
         """Corrected eigenvalues in a new basis: this batch measured again, the rest rotated."""
         assert factors.s is not None
-        R_A, R_B = old.U_A.mT @ new.U_A, old.U_B.mT @ new.U_B
+        seen = self._batch.get(term)
         if seen is None:
-            return rotated(factors.s, R_A, R_B)
-        batch = self._build(seen)
-        here = with_corrected(batch, seen, old.U_A, old.U_B).s
-        there = with_corrected(batch, seen, new.U_A, new.U_B).s
+            return rotated(factors.s, old.basis, new.basis, factors.sides)
+        batch = self._build(term, seen, factors.sides)
+        here = with_corrected(batch, seen, *old.basis).s
+        there = with_corrected(batch, seen, *new.basis).s
         assert here is not None
         assert there is not None
         rest = Moment(factors.s.total - here.total, factors.s.count - here.count)
-        return rotated(rest, R_A, R_B) + there
+        return rotated(rest, old.basis, new.basis, factors.sides) + there
 
-    def _factored(self, name: str, damping: float) -> FactoredInverse:
-        factors = self.factors[name]
-        return factored_inverse(factors.A.mean, factors.B.mean, damping, name)
+    def _damped(self, name: str, damping: float) -> Inverse:
+        """The inverse that depends on the damping: of damped factors, or of two products."""
+        terms = self.terms(name)
+        if len(terms) == 1:
+            f = self.factors[terms[0]]
+            return factored_inverse(f.A.mean, f.B.mean, damping, name, f.sides)
+        first, second = (
+            oriented(f.B.mean, f.A.mean, f.sides, t.endswith(TURNED))
+            for t in terms
+            for f in [self.factors[t]]
+        )
+        make = pair_inverse if self.basis == "factored" else exact_pair
+        return make(first, second, damping, name)
 
     def with_damping(self, damping: float) -> dict[str, Inverse]:
         """The inverses as they would be with another damping."""
         if self.basis != "factored":
             return self.inverses  # applied with whatever damping is asked for
-        return {name: self._factored(name, damping) for name in self.inverses}
+        return {name: self._damped(name, damping) for name in self.inverses}
 
     def apply(self, name: str, G: Tensor, damping: float) -> Tensor:
         """(block + damping·I)⁻¹ G, as well as the basis has it."""
@@ -165,6 +251,11 @@ class Curvature:
             return G / (self.scale + damping)
         # A model may have been cast since: its factors stay as exact as they were.
         dtype = next(iter(inverse.tensors().values())).dtype
+        terms = self.terms(name)
+        if terms == [name + ENTRIES]:
+            return inverse.apply(G.reshape(-1, 1).to(dtype), damping).reshape(G.shape)
+        if terms == [name + TURNED]:
+            return inverse.apply(G.mT.to(dtype), damping).mT
         return inverse.apply(G.to(dtype), damping)
 
     def memory(self, name: str) -> int:
@@ -173,30 +264,56 @@ class Curvature:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """All that is kept for a layer, to be saved; empty before the first batch."""
-        if name not in self.factors:
-            return {}
-        factors = self.factors[name]
         kept: dict[str, Tensor] = {}
-        for key in ("A", "B", "s"):
-            moment = getattr(factors, key)
-            if moment is not None:
-                kept[f"{key}_total"], kept[f"{key}_count"] = moment.total, moment.count
-        if name in self.inverses:
+        for how in ("", TURNED, ENTRIES):
+            factors = self.factors.get(name + how)
+            for key in ("A", "B", "s") if factors else ():
+                moment = getattr(factors, key)
+                if moment is not None:
+                    kept[f"{key}_total{how}"] = moment.total
+                    kept[f"{key}_count{how}"] = moment.count
+            if name + how in self.chosen:
+                reduced = self.chosen[name + how] == "reduce"
+                kept[f"reduced{how}"] = torch.tensor(reduced)
+        if kept and name in self.inverses:
             kept.update({f"inverse_{k}": t for k, t in self.inverses[name].tensors().items()})
         return kept
 
     def load(self, name: str, kept: Mapping[str, Tensor]) -> None:
         """Restore what `tensors` gave."""
-        moments = {
-            key: Moment(kept[f"{key}_total"], kept[f"{key}_count"])
-            for key in ("A", "B", "s")
-            if f"{key}_total" in kept
-        }
-        self.factors[name] = Factors(**moments)
+        for how in ("", TURNED, ENTRIES):
+            term = name + how
+            if f"reduced{how}" in kept:
+                self.chosen[term] = "reduce" if bool(kept[f"reduced{how}"]) else "expand"
+            if f"A_total{how}" in kept:
+                moments = {
+                    key: Moment(kept[f"{key}_total{how}"], kept[f"{key}_count{how}"])
+                    for key in ("A", "B", "s")
+                    if f"{key}_total{how}" in kept
+                }
+                self.factors[term] = Factors(**moments, sides=self.sides(term))
         inverse = {k.removeprefix("inverse_"): t for k, t in kept.items() if "inverse_" in k}
         if inverse:
+            self.inverses[name] = self._restored(name, inverse)
+
+    def _restored(self, name: str, kept: Mapping[str, Tensor]) -> Inverse:
+        terms = self.terms(name)
+        if len(terms) == 1:
             make = FactoredInverse if self.basis == "factored" else EigenInverse
-            self.inverses[name] = make(**inverse)
+            return make(**kept, sides=self.factors[terms[0]].sides)
+        first, second = (self.factors[t].sides for t in terms)
+        turned = Sides(second.output, second.input)
+        near = PairInverse(kept["X"], kept["Y"], kept["s"], common_sides(first, turned))
+        if self.basis == "factored":
+            return near
+        return ExactPairInverse(
+            Product(kept["P1"], kept["Q1"], first), Product(kept["P2"], kept["Q2"], turned), near
+        )
+
+
+def layer_of(term: str) -> str:
+    """The layer that a term belongs to."""
+    return term.removesuffix(TURNED).removesuffix(ENTRIES)
 
 
 def by_layer(

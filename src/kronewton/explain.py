@@ -15,7 +15,7 @@ from kronewton.curvature import by_layer
 from kronewton.errors import CriterionError, ModelError, OptionError
 from kronewton.factors import Observation
 from kronewton.ladder import Distances, distances
-from kronewton.layers import Layer, find_layers
+from kronewton.layers import ENTRIES, TURNED, Found, Layer, find_layers
 from kronewton.options import check_criterion
 from kronewton.replay import ModelCall, Replayer, random_state
 
@@ -97,15 +97,22 @@ def explain(
     if fisher not in ("exact", "sampled"):
         raise OptionError(f"fisher must be 'exact' or 'sampled' here, not {fisher!r}.")
     trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    layers, reasons = find_layers(model, trained)
-    if not layers:
+    found = find_layers(model, trained)
+    if not found.layers:
         raise ModelError(
             f"no layer of {type(model).__name__} is of a kind that K-FAC covers, so that there is "
             "nothing to explain. KFAC(model, criterion).coverage() names the reasons."
         )
-    part = _observed(model, criterion, batch, layers, _fisher(model, fisher, draws, seed))
+    part = _observed(model, criterion, batch, found, _fisher(model, fisher, draws, seed))
     seen = by_layer([(part.statistics, part.weight)])
-    rows = tuple(_row(layer, seen[layer.name]) for layer in layers if layer.name in seen)
+    rows = tuple(
+        _row(layer, term, seen[term])
+        for layer in found.layers
+        for term in (layer.name, layer.name + TURNED)
+        if term in seen
+    )
+    alone = {id(p) for n in found.layers if n.name + ENTRIES in seen for p in n.whole().values()}
+    reasons = {i: found.reasons.get(i) or "entry by entry" for i in [*found.reasons, *alone]}
     return Explanation(rows, {trained[i]: why for i, why in reasons.items()}, _note(part, fisher))
 
 
@@ -118,7 +125,7 @@ def _observed(
     model: nn.Module,
     criterion: nn.Module,
     batch: Sequence[Any],
-    layers: Sequence[Layer],
+    found: Found,
     fisher: Fisher,
 ) -> Part:
     """One forward and backward pass, watched, without a trace."""
@@ -129,8 +136,8 @@ def _observed(
         )
     inputs, *targets = batch
     inputs = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-    parameters = [p for layer in layers for p in layer.parameters().values()]
-    watcher = Watcher(model, criterion, layers, _Bounded(fisher), replays=False)
+    parameters = [p for layer in found.layers for p in layer.whole().values()]
+    watcher = Watcher(model, (criterion,), found, _Bounded(fisher), replays=False)
     try:
         with torch.enable_grad():
             call = ModelCall(tuple(inputs), {}, random_state())
@@ -170,19 +177,14 @@ class _Bounded(Fisher):
         return super().cotangents(at)
 
 
-def _row(layer: Layer, seen: Sequence[Observation]) -> LayerRow:
+def _row(layer: Layer, term: str, seen: Sequence[Observation]) -> LayerRow:
     G: Tensor = layer.kind.matrix(layer, layer.parameters())
+    shape = tuple(G.mT.shape if term.endswith(TURNED) else G.shape)
     blocks, (d_out, d_in) = G.shape[:-2].numel(), G.shape[-2:]
     memory = blocks * (d_out**2 + d_in**2) * max(4, G.element_size())
     positions = max(stats.a.counts[1] for stats, _ in seen)
-    return LayerRow(
-        layer.name,
-        layer.kind.name,
-        tuple(G.shape),
-        positions,
-        memory,
-        distances(seen, layer.name),
-    )
+    measured = distances(seen, layer.name)
+    return LayerRow(term, layer.kind.name, shape, positions, memory, measured)
 
 
 def _note(part: Part, fisher: str) -> str:

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from kronewton.linalg import diagonal, second_moment
+from kronewton.structure import DENSE, PLAIN, Sides, Structure
 from kronewton.types import Statistics
 
 CHUNK = 1 << 24  # numbers in one chunk of per-example gradients
+MEASURED = 32  # examples from which sharing is chosen
+LARGEST_MEASURED = 1 << 22  # numbers in a matrix up to which it is
 SWEEPS, TOLERANCE = 30, 1e-5  # of the search for the best Kronecker product
 TINY = 1e-30
 
@@ -46,56 +49,67 @@ class Factors:
     A: Moment  # (…, d_in, d_in), counted by the rows' weights in the loss
     B: Moment  # (…, d_out, d_out), counted by batches
     s: Moment | None = None  # (…, d_out, d_in), counted by batches
+    sides: Sides = PLAIN  # how A and B are stored
 
     def then(self, batch: Factors, decay: float) -> Factors:
         """The running moments after one more batch."""
         s = self.s
         if batch.s is not None:
             s = batch.s if s is None else s.decayed(decay) + batch.s
-        return Factors(self.A.decayed(decay) + batch.A, self.B.decayed(decay) + batch.B, s)
+        return Factors(
+            self.A.decayed(decay) + batch.A, self.B.decayed(decay) + batch.B, s, self.sides
+        )
 
     def finite(self) -> Tensor:
         """Whether every number is finite, as a tensor ()."""
         # Diagonals are enough: a bad entry of a row reaches the diagonal through its square.
-        return torch.isfinite(diagonal(self.A.total).sum() + diagonal(self.B.total).sum())
+        A, B = self._diagonals(self.A.total, self.B.total)
+        return torch.isfinite(A.sum() + B.sum())
+
+    def _diagonals(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        return self.sides.input.diagonal(A), self.sides.output.diagonal(B)
 
     @property
     def size(self) -> int:
         """How many numbers the layer's matrix has."""
-        d_in, d_out = self.A.total.shape[-1], self.B.total.shape[-1]
-        return self.A.total.shape[:-2].numel() * d_in * d_out
+        A, B = self._diagonals(self.A.total, self.B.total)
+        return A.numel() * B.shape[-1]
 
     def trace(self) -> Tensor:
         """Trace of B ⊗ A, ()."""
-        A, B = diagonal(self.A.mean).sum(-1), diagonal(self.B.mean).sum(-1)  # (…)
-        return (A * B).sum()
+        A, B = self._diagonals(self.A.mean, self.B.mean)
+        return (A.sum(-1) * B.sum(-1)).sum()
 
 
 Observation = tuple[Statistics, Tensor]  # and the weight of its part of the batch in the loss
+Basis = tuple[Tensor, Tensor]  # U_A, U_B
 
 
-def batch_factors(observations: Sequence[Observation]) -> Factors:
+def batch_factors(observations: Sequence[Observation], sides: Sides = PLAIN) -> Factors:
     """A and B of one layer over all parts of one batch: every position an example (expand).
 
     Grosse & Martens 2016, Eschenhagen et al. 2023, section 3.2.
     """
-    A = _sum(_input_moment(stats, part) for stats, part in observations)
-    total = _total(part * second_moment(stats.b.flatten(-4, -2)) for stats, part in observations)
-    return Factors(A, Moment(total, total.new_ones(())))
+    A = _sum(_input_moment(stats, part, sides.input) for stats, part in observations)
+    total = _total(
+        part * sides.output.second_moment(stats.b.flatten(-4, -2)) for stats, part in observations
+    )
+    return Factors(A, Moment(total, total.new_ones(())), None, sides)
 
 
-def _input_moment(stats: Statistics, part: Tensor) -> Moment:
+def _input_moment(stats: Statistics, part: Tensor, structure: Structure = DENSE) -> Moment:
     # Weighted by the loss: an example of weight 2 is that example twice, a masked one is not there.
     weights = stats.weights
     if weights.dim() == 0:
         N, S = stats.a.counts
-        return Moment(part * weights * stats.a.second_moment(), part * weights * (N * S))
-    return Moment(part * stats.a.second_moment(weights), part * weights.sum())
+        total = stats.a.second_moment(None, structure)
+        return Moment(part * weights * total, part * weights * (N * S))
+    return Moment(part * stats.a.second_moment(weights, structure), part * weights.sum())
 
 
-def reduced_factors(observations: Sequence[Observation]) -> Factors:
+def reduced_factors(observations: Sequence[Observation], sides: Sides = PLAIN) -> Factors:
     """The same from one row for each example (reduce)."""
-    return batch_factors(all_reduced(observations))
+    return batch_factors(all_reduced(observations), sides)
 
 
 def all_reduced(observations: Sequence[Observation]) -> list[Observation]:
@@ -118,6 +132,46 @@ def reduced(stats: Statistics) -> Statistics:
     safe = torch.where(share > 0, share, torch.ones_like(share))
     a = stats.a.averaged(stats.weights / safe)  # (…, N, 1, d_in)
     return Statistics(a, b, share, stats.forward)
+
+
+def nearer_sharing(observations: Sequence[Observation]) -> str:
+    """ "expand" or "reduce", whichever is nearer to the exact block on a batch's first examples.
+
+    The block is used through per-example gradients G only: ⟨H, B ⊗ A⟩ = Σ tr(G'B G A).
+    """
+    if all(stats.a.counts[1] == 1 for stats, _ in observations):
+        return "expand"
+    size = observations[0][0].a.width * observations[0][0].b.shape[-1]
+    if size > LARGEST_MEASURED:
+        return "expand"
+    few = first_examples(observations, max(4, min(MEASURED, LARGEST_MEASURED // size)))
+    distances = []
+    for factors in (batch_factors(few), reduced_factors(few)):
+        A, B = factors.A.mean, factors.B.mean
+        inner = sum(
+            torch.einsum("...poi,...poi->", B.unsqueeze(-3) @ G @ A.unsqueeze(-3), G)
+            for stats, part in few
+            for G in example_gradients(stats, part)
+        )
+        own = (_norm(A).square() * _norm(B).square()).sum()
+        distances.append(own - 2 * inner)  # less what both have in common
+    expand, reduce = torch.stack(distances).tolist()
+    return "reduce" if reduce < expand else "expand"
+
+
+def first_examples(observations: Sequence[Observation], count: int) -> list[Observation]:
+    """The first so many examples of all parts of a batch together."""
+    found: list[Observation] = []
+    for stats, part in observations:
+        if count <= 0:
+            break
+        N, _ = stats.a.counts
+        taken = min(N, count)
+        weights = stats.weights if stats.weights.dim() == 0 else stats.weights[:taken]
+        a = stats.a.first(taken)
+        found.append((replace(stats, a=a, b=stats.b[..., :taken, :, :], weights=weights), part))
+        count -= taken
+    return found
 
 
 def best_factors(
@@ -205,7 +259,7 @@ def example_gradients(stats: Statistics, part: Tensor) -> Iterator[Tensor]:
     """
     N, S = stats.a.counts
     V, d_out = stats.b.shape[-4], stats.b.shape[-1]
-    d_in = stats.a.dense(0, 1).shape[-1]
+    d_in = stats.a.width
     step = max(1, CHUNK // (S * (d_in + V * d_out) + V * d_out * d_in))  # examples
     for n in range(0, N, step):
         a = stats.a.dense(n, n + step).unsqueeze(-4)  # (…, 1, n, S, d_in)
@@ -221,32 +275,39 @@ def with_corrected(
     s[o, i] = Σ (u_o' G u_i)² over the per-example gradients G of columns or draws
     (George et al. 2018): the diagonal of the exact block in the basis U_B ⊗ U_A.
     """
-    total = _total(part * _rotated_squares(stats, U_A, U_B) for stats, part in observations)
+    sides = factors.sides
+    total = _total(part * _rotated_squares(stats, U_A, U_B, sides) for stats, part in observations)
     return replace(factors, s=Moment(total, total.new_ones(())))
 
 
-def _rotated_squares(stats: Statistics, U_A: Tensor, U_B: Tensor) -> Tensor:
+def _rotated_squares(stats: Statistics, U_A: Tensor, U_B: Tensor, sides: Sides) -> Tensor:
     N, S = stats.a.counts
-    d_out, d_in, V = U_B.shape[-1], U_A.shape[-1], stats.b.shape[-4]
+    d_out, d_in, V = stats.b.shape[-1], stats.a.width, stats.b.shape[-4]
     step = max(1, CHUNK // (S * (d_in + V * d_out) + V * d_out * d_in))  # examples
-    total = U_A.new_zeros(*U_A.shape[:-2], d_out, d_in)
+    chunks = []
     for n in range(0, N, step):
-        a = stats.a.dense(n, n + step).unsqueeze(-4) @ U_A.unsqueeze(-3).unsqueeze(-3)
-        b = stats.b[..., n : n + step, :, :] @ U_B.unsqueeze(-3).unsqueeze(-3)
+        a = _in_basis(stats.a.dense(n, n + step).unsqueeze(-4), U_A, sides.input)
+        b = _in_basis(stats.b[..., n : n + step, :, :], U_B, sides.output)
         if S == 1:  # the square of a product is the product of squares
             b2 = b.square().sum(-4).squeeze(-2)  # (…, n, d_out)
-            total += b2.mT @ a.square().squeeze(-4).squeeze(-2)
+            chunks.append(b2.mT @ a.square().squeeze(-4).squeeze(-2))
         else:
-            total += (b.mT @ a).square().sum((-4, -3))  # (…, V, n, d_out, d_in)
-    return total
+            chunks.append((b.mT @ a).square().sum((-4, -3)))  # (…, V, n, d_out, d_in)
+    return _total(chunks)
 
 
-def rotated(s: Moment, R_A: Tensor, R_B: Tensor) -> Moment:
-    """Carry second moments into a new basis, R = U_old' U_new, as if they were uncorrelated.
+def _in_basis(rows: Tensor, U: Tensor, structure: Structure) -> Tensor:
+    """Rows (…, V, N, S, d) in an eigenbasis."""
+    return structure.rotate_rows(rows.flatten(-4, -2), U).reshape(rows.shape)
 
-    Keeps the trace, since R∘R is doubly stochastic. Exact if only the eigenvalues have changed.
+
+def rotated(s: Moment, old: Basis, new: Basis, sides: Sides = PLAIN) -> Moment:
+    """Carry second moments (…, d_out, d_in) into a new basis, as if they were uncorrelated.
+
+    Keeps the trace. Exact if only the eigenvalues have changed. A basis is U_A and U_B.
     """
-    return Moment(R_B.square().mT @ s.total @ R_A.square(), s.count)
+    half = sides.output.carry(s.total, old[1], new[1])
+    return Moment(sides.input.carry(half.mT, old[0], new[0]).mT, s.count)
 
 
 def _sum(moments: Iterable[Moment]) -> Moment:

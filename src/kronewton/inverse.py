@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kronewton.linalg import damped_inverse, diagonal, kronecker_apply, symmetric_eigen
+from kronewton.structure import PLAIN, Sides
 
 
 class Inverse(ABC):
@@ -30,11 +30,16 @@ class Inverse(ABC):
 class FactoredInverse(Inverse):
     """B⁻¹ G A⁻¹ with damped factors: the damping is the one it was made with."""
 
-    A_inverse: Tensor  # (d_in, d_in)
+    A_inverse: Tensor  # (d_in, d_in), or as the sides store it
     B_inverse: Tensor  # (d_out, d_out)
+    sides: Sides = PLAIN
 
     def apply(self, G: Tensor, damping: float) -> Tensor:
-        return kronecker_apply(self.B_inverse, self.A_inverse, G)
+        on_input, on_output = self.sides
+        # The thinner product first: it is the cheaper order and the same number.
+        if G.shape[-2] <= G.shape[-1]:
+            return on_input.right(on_output.left(self.B_inverse, G), self.A_inverse)
+        return on_output.left(self.B_inverse, on_input.right(G, self.A_inverse))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"A_inverse": self.A_inverse, "B_inverse": self.B_inverse}
@@ -47,46 +52,76 @@ class EigenInverse(Inverse):
     s is s_B s_A' for the Kronecker product itself, or the corrected eigenvalues of EKFAC.
     """
 
-    U_A: Tensor  # (d_in, d_in)
+    U_A: Tensor  # (d_in, d_in), or as the sides store it
     U_B: Tensor  # (d_out, d_out)
     s: Tensor  # (d_out, d_in)
+    sides: Sides = PLAIN
+
+    @property
+    def basis(self) -> tuple[Tensor, Tensor]:
+        """U_A and U_B."""
+        return self.U_A, self.U_B
 
     def apply(self, G: Tensor, damping: float) -> Tensor:
-        rotated = (self.U_B.mT @ G) @ self.U_A
-        # A direction without curvature and without damping is left alone: the pseudo-inverse.
-        scale = self.s + damping
-        floor = torch.finfo(scale.dtype).eps * scale.max() if damping == 0 else 0.0
-        rotated = torch.where(scale > floor, rotated / scale, torch.zeros_like(rotated))
-        return (self.U_B @ rotated) @ self.U_A.mT
+        on_input, on_output = self.sides
+        rotated = on_input.rotate_rows(on_output.rotate(self.U_B, G), self.U_A)
+        rotated = divided(rotated, self.s, damping)
+        return on_input.rotate_rows_back(on_output.rotate_back(self.U_B, rotated), self.U_A)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"U_A": self.U_A, "U_B": self.U_B, "s": self.s}
 
 
-def factored_inverse(A: Tensor, B: Tensor, damping: float, name: str) -> FactoredInverse:
+def divided(rotated: Tensor, s: Tensor, damping: float) -> Tensor:
+    """rotated / (s + damping); without damping, zero where there is no curvature."""
+    # A direction without curvature and without damping is left alone: the pseudo-inverse.
+    scale = s + damping
+    floor = torch.finfo(scale.dtype).eps * scale.max() if damping == 0 else 0.0
+    return torch.where(scale > floor, rotated / scale, torch.zeros_like(rotated))
+
+
+def factored_inverse(
+    A: Tensor, B: Tensor, damping: float, name: str, sides: Sides = PLAIN
+) -> FactoredInverse:
     """Invert B ⊗ A + damping·I approximately, by damping each factor.
 
     π√λ·I is added to A and √λ/π·I to B (Martens & Grosse 2015, section 6.3). Exact only when A or
-    B is a multiple of I. Scale the loss and the damping by c, and the inverse scales by 1/c.
+    B is a multiple of I; where one of them is a number, all damping goes to the other, and it is
+    exact. Scale the loss and the damping by c, and the inverse scales by 1/c.
     Raises NotPositiveDefinite, naming the layer, if a factor is not finite.
     """
-    pi = balance(A, B)
-    root = damping**0.5
+    on_A, on_B = _shares(A, B, damping, sides)
     return FactoredInverse(
-        damped_inverse(A, root * pi, f"the input factor A of layer '{name}'"),
-        damped_inverse(B, root / pi, f"the gradient factor B of layer '{name}'"),
+        sides.input.inverse(A, on_A, f"the input factor A of layer '{name}'"),
+        sides.output.inverse(B, on_B, f"the gradient factor B of layer '{name}'"),
+        sides,
     )
 
 
-def balance(A: Tensor, B: Tensor) -> Tensor:
+def _shares(A: Tensor, B: Tensor, damping: float, sides: Sides) -> tuple[Tensor, Tensor]:
+    """What is added to A and to B, (…) each."""
+    a, b = sides.input.diagonal(A), sides.output.diagonal(B)
+    pi = balance(A, B, sides)
+    on_A, on_B = damping**0.5 * pi, damping**0.5 / pi
+    nothing = torch.zeros_like(on_A)
+    if a.shape[-1] == 1:
+        alone = a[..., 0] > 0
+        return on_A.where(~alone, nothing), torch.where(alone, damping / a[..., 0], on_B)
+    if b.shape[-1] == 1:
+        alone = b[..., 0] > 0
+        return torch.where(alone, damping / b[..., 0], on_A), on_B.where(~alone, nothing)
+    return on_A, on_B
+
+
+def balance(A: Tensor, B: Tensor, sides: Sides = PLAIN) -> Tensor:
     """π = √((tr A / d_A) / (tr B / d_B)), (…); 1 where a factor is zero and it has no meaning."""
-    a, b = diagonal(A).mean(-1), diagonal(B).mean(-1)
+    a, b = sides.input.diagonal(A).mean(-1), sides.output.diagonal(B).mean(-1)
     meaningful = (a > 0) & (b > 0)
     return torch.where(meaningful, (a / b.where(meaningful, torch.ones_like(b))).sqrt(), 1.0)
 
 
-def eigen_basis(A: Tensor, B: Tensor, name: str) -> EigenInverse:
+def eigen_basis(A: Tensor, B: Tensor, name: str, sides: Sides = PLAIN) -> EigenInverse:
     """Diagonalise B ⊗ A through its factors; raises NotPositiveDefinite, naming the layer."""
-    s_A, U_A = symmetric_eigen(A, f"the input factor A of layer '{name}'")
-    s_B, U_B = symmetric_eigen(B, f"the gradient factor B of layer '{name}'")
-    return EigenInverse(U_A, U_B, s_B.unsqueeze(-1) * s_A.unsqueeze(-2))
+    s_A, U_A = sides.input.eigen(A, f"the input factor A of layer '{name}'")
+    s_B, U_B = sides.output.eigen(B, f"the gradient factor B of layer '{name}'")
+    return EigenInverse(U_A, U_B, s_B.unsqueeze(-1) * s_A.unsqueeze(-2), sides)

@@ -61,7 +61,7 @@ def _all_gradients(observations: Sequence[Observation], name: str) -> Tensor:
     """(P, blocks, d_out, d_in) in float64."""
     count = sum(
         stats.b.shape[:-1].numel() // stats.a.counts[1] * stats.b.shape[-1]
-        * stats.a.dense(0, 1).shape[-1]
+        * stats.a.width
         for stats, _ in observations
     )  # fmt: skip
     if count > LIMIT:

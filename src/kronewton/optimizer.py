@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kronewton.capture import Fisher, Part, Watcher, at_least_float32
-from kronewton.coverage import Coverage, Row
+from kronewton.capture import Fisher, Part, Watcher
+from kronewton.coverage import Coverage, Row, covered, shape_of
 from kronewton.curvature import Curvature, by_layer, due, due_in_turn
 from kronewton.errors import (
     CriterionError,
@@ -21,8 +21,18 @@ from kronewton.errors import (
     StateError,
     UnsupportedError,
 )
-from kronewton.layers import Layer, find_layers
-from kronewton.options import AUTO, BASES, Options, check_criterion, check_parameters
+from kronewton.layers import Found, Layer, find_layers
+from kronewton.layers.base import at_least_float32
+from kronewton.options import (
+    AUTO,
+    BASES,
+    LARGEST_SIDE,
+    Options,
+    check_criteria,
+    check_criterion,
+    check_parameters,
+    check_patterns,
+)
 from kronewton.planner import Plan, Planner, Steering
 from kronewton.quadratic import Vector, flattened
 from kronewton.replay import Replayer
@@ -39,6 +49,8 @@ from kronewton.state import (
 )
 
 NO_CURVATURE = "the batch has shown no finite curvature so far, so that no damping can be chosen"
+NOT_OF_LAYERS = ("previous", "generator", "scalars")  # in a parameter's part of the state
+NOWHERE = "(no layer)"
 DECAY_UNIT = 1e-3  # weight decay of an automatic step: AdamW's at its usual learning rate
 
 
@@ -80,7 +92,7 @@ class KFAC(Optimizer):
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
-        criterion: nn.Module | None = None,
+        criterion: nn.Module | Sequence[nn.Module] | None = None,
         *,
         model: nn.Module | None = None,
         lr: float | str = AUTO,
@@ -89,7 +101,7 @@ class KFAC(Optimizer):
         weight_decay: float = 0.0,
         trust_region: float | str | None = AUTO,
         fisher: str = "sampled",
-        sharing: str = "expand",
+        sharing: str | Mapping[str, str] = AUTO,
         basis: str = "factored",
         refine: int = 0,
         refine_tolerance: float = 0.0,
@@ -98,6 +110,7 @@ class KFAC(Optimizer):
         inverse_every: int | str = AUTO,
         adapt_every: int | str = AUTO,
         factor_decay: float | str = AUTO,
+        largest_side: int | Mapping[str, int] = LARGEST_SIDE,
         draws: int = 1,
         fallback_lr: float = 1e-3,
         strict: bool = False,
@@ -106,9 +119,9 @@ class KFAC(Optimizer):
         self.options = Options(
             lr, momentum, damping, weight_decay, trust_region, fisher, sharing, basis, refine,
             refine_tolerance, curvature_batches, factor_every, inverse_every, adapt_every,
-            factor_decay, draws, fallback_lr, strict, seed,
+            factor_decay, largest_side, draws, fallback_lr, strict, seed,
         )  # fmt: skip
-        check_criterion(criterion, fisher)
+        criteria = check_criteria(criterion, fisher)
         if isinstance(params, nn.Module):
             if model is not None and model is not params:
                 raise ModelError(
@@ -119,7 +132,7 @@ class KFAC(Optimizer):
         first_lr = 1.0 if isinstance(lr, str) else lr
         groups = check_parameters(params, model)
         super().__init__(groups, {"lr": first_lr, "weight_decay": weight_decay})
-        self._watch(model, criterion)
+        self._watch(model, criteria)
         without = [row for row in self.coverage().rows if not row.curved] if strict else []
         if without:
             raise ModelError(
@@ -128,19 +141,24 @@ class KFAC(Optimizer):
                 + ". Freeze them, train them with another optimizer, or leave out strict."
             )
 
-    def _watch(self, model: nn.Module | None, criterion: nn.Module | None) -> None:
+    def _watch(self, model: nn.Module | None, criteria: Sequence[nn.Module]) -> None:
         """Find the layers to cover, hook them, and start with no curvature known."""
         listed = [p for group in self.param_groups for p in group["params"]]
         all_parameters = [p for p in listed if p.requires_grad]
         ids = {id(p) for p in all_parameters}
-        layers, self._reasons = find_layers(model, ids) if model is not None else ([], {})
-        covered = {id(p) for layer in layers for p in layer.parameters().values()}
-        self._names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
-        self._layers: list[Layer] = layers
-        self._said: set[str] = set()
         options = self.options
+        mode = options.fisher if criteria else "empirical"
+        found = find_layers(model, ids) if model is not None else Found()
+        # Training gradients come summed over the examples: of a lone parameter they say nothing.
+        found = found.without_lone() if mode == "empirical" else found
+        self._reasons = found.reasons
+        self._names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
+        self._layers = layers = found.layers
+        check_patterns(options, [layer.name for layer in layers])
+        self._said: set[str] = set()
         # The dial is over all parameters together; without it those of no kind get the fallback.
         together = options.refine > 0 and bool(layers)
+        covered = found.covered
         self._parameters = [
             p for p in all_parameters if id(p) in covered or (together and p.is_floating_point())
         ]
@@ -149,9 +167,10 @@ class KFAC(Optimizer):
         self._all = all_parameters
         self._generator = torch.Generator(all_parameters[0].device)
         self._generator.manual_seed(options.seed)
-        mode = options.fisher if criterion is not None else "empirical"
         self._fisher = Fisher(mode, options.draws, self._generator)
-        self._curvature = Curvature(layers, options.basis, options.sharing)
+        self._curvature = Curvature(
+            layers, options.basis, options.sharing_of, options.largest_side_of
+        )
         self._watcher: Watcher | None = None
         self._planner: Planner | None = None
         if options.refine and not layers:
@@ -162,7 +181,7 @@ class KFAC(Optimizer):
             )
         if model is not None and layers:
             replays = options.uses_model
-            self._watcher = Watcher(model, criterion, layers, self._fisher, replays)
+            self._watcher = Watcher(model, criteria, found, self._fisher, replays)
             self._planner = Planner(
                 options,
                 self._curvature,
@@ -212,14 +231,14 @@ class KFAC(Optimizer):
         seen = by_layer((part.statistics, part.weight) for part in parts)
         self._curvature.learn(seen, planner.decay())
         if watcher.capturing:
-            self._warn_of_uncalled(seen)
+            self._warn_of_uncalled(watcher)
         self._require_own_parameters()
         gradient = flattened([_gradient(p) for p in self._parameters])
         planner.factor = self._common_factor()
         names: Collection[str] = ()
         if planner.settings is None and self._curvature.scale > 0:
             planner.settings = planner.first_settings(parts, gradient)
-            names = self._curvature.factors  # the search leaves inverses of its last trial
+            names = self._curvature.known  # the search leaves inverses of its last trial
         factor_every, inverse_every = planner.intervals()
         names = names or due_in_turn(self._steps, inverse_every, list(self._curvature.layers))
         plan = None
@@ -245,23 +264,23 @@ class KFAC(Optimizer):
 
     def _required(self, watcher: Watcher) -> list[Part]:
         """The parts of this step, or a sentence that says why there is none."""
-        criterion, foreign, capturing = watcher.criterion, watcher.foreign, watcher.capturing
+        criteria, foreign, capturing = watcher.criteria, watcher.foreign, watcher.capturing
+        name = " or ".join(type(criterion).__name__ for criterion in criteria)
         parts, twice = watcher.collect()
         if twice:
             self._warn(
-                f"{type(criterion).__name__} was called more than once on the same output, and "
+                f"{name} was called more than once on the same output, and "
                 "each call's loss was differentiated: gradient and curvature count every call, "
                 "weighted as you weighted its loss. If one was only meant for logging, call it "
                 "under torch.no_grad()."
             )
-        if parts or (criterion is None and not capturing):
+        if parts or (not criteria and not capturing):
             return parts
-        if criterion is None:
+        if not criteria:
             raise CriterionError(
                 "step() found gradients, but no watched layer was run forward and backward since "
                 "the last step. Run the model that was given to KFAC before each step."
             )
-        name = type(criterion).__name__
         if foreign:
             raise CriterionError(
                 f"{name} was called on an output that no watched layer of the model leads to. "
@@ -277,7 +296,7 @@ class KFAC(Optimizer):
     def _require_own_parameters(self) -> None:
         """Refuse a model whose parameters are no longer the ones that the optimizer was given."""
         for layer in self._layers:
-            for name, p in layer.parameters().items():
+            for name, p in layer.whole().items():
                 if id(p) not in self._place:
                     raise ModelError(
                         f"'{name}' of layer '{layer.name}' is another parameter than when KFAC was "
@@ -321,17 +340,21 @@ class KFAC(Optimizer):
                 "the criterion takes, and keep the batch until the step is made."
             )
 
-    def _warn_of_uncalled(self, seen: Collection[str]) -> None:
+    def _warn_of_uncalled(self, watcher: Watcher) -> None:
         """Say which layers have a gradient and no curvature, for their step is plain descent."""
-        known = {*seen, *self._curvature.factors}
+        for name, why in watcher.unexplained.items():
+            self._warn(
+                f"the rows that layer '{name}' showed do not give its gradient: {why}. It gets a "
+                "diagonal block from its own gradients instead, and coverage() says so."
+            )
         for layer in self._layers:
-            moving = any(p.grad is not None for p in layer.parameters().values())
-            if moving and layer.name not in known:
+            moving = any(p.grad is not None for p in layer.whole().values())
+            if moving and not self._curvature.terms(layer.name):
                 self._warn(
-                    f"layer '{layer.name}' has a gradient, but its module was not called in a way "
-                    "that can be watched (its weight is used directly, or under no_grad and "
-                    "checkpointing): until it is, its step is plain gradient descent. Call the "
-                    "module, or train it with another optimizer."
+                    f"layer '{layer.name}' has a gradient, but nothing in the loss that was "
+                    "watched depends on it in a way that can be seen: until it does, its step is "
+                    "plain gradient descent. Train it with the loss that KFAC was given, or with "
+                    "another optimizer."
                 )
 
     def _gradients(self) -> list[Tensor]:
@@ -339,18 +362,28 @@ class KFAC(Optimizer):
 
     def _precondition(self, vector: Vector, damping: float) -> list[Tensor]:
         """(B ⊗ A + damping·I)⁻¹ v for one tensor per stepped parameter."""
-        found = list(vector)
+        found: list[Tensor | None] = [None] * len(self._parameters)
         for layer in self._layers:
-            parameters = layer.parameters()
-            at = {name: self._place[id(p)] for name, p in parameters.items()}
-            tensors = {name: vector[i] for name, i in at.items()}
+            at = {name: self._place[id(p)] for name, p in layer.whole().items()}
+            tensors = {name: layer.cut(name, vector[i]) for name, i in at.items()}
             G = at_least_float32(layer.kind.matrix(layer, tensors))  # (…, d_out, d_in)
             D = self._curvature.apply(layer.name, G, damping)
             for name, tensor in layer.kind.split(layer, D).items():
-                found[at[name]] = tensor.to(parameters[name].dtype)
+                self._put(found, at[name], layer.parts.get(name), tensor)
         for i in self._uncovered:  # in the quadratic model, but of no kind
-            found[i] = self._curvature.apply("", vector[i], damping)
-        return found
+            found[i] = self._curvature.apply(NOWHERE, vector[i], damping)
+        # Rows of a packed parameter that are in no layer do not move.
+        return [torch.zeros_like(v) if f is None else f for f, v in zip(found, vector, strict=True)]
+
+    def _put(self, found: list[Tensor | None], i: int, rows: slice | None, tensor: Tensor) -> None:
+        """A direction for a parameter, or for some of its rows, in the parameter's own dtype."""
+        p, whole = self._parameters[i], found[i]
+        if rows is None:
+            found[i] = tensor.to(p.dtype)
+            return
+        if whole is None:
+            whole = found[i] = torch.zeros_like(p)
+        whole[rows] = tensor.to(p.dtype)
 
     def _scaled(self, direction: Sequence[Tensor]) -> list[Tensor]:
         """A direction times the groups' lr, where that is a number."""
@@ -475,22 +508,33 @@ class KFAC(Optimizer):
 
     def coverage(self) -> Coverage:
         """Which parameter is covered how: one row for each."""
-        methods = {}
+        layers: dict[int, list[Layer]] = {}
         for layer in self._layers:
-            memory = self._curvature.memory(layer.name)
-            for p in layer.parameters().values():
-                methods[id(p)] = (layer.kind.name, memory)
-        rows = []
-        for i, p in enumerate(self._all):
-            kind, memory = methods.get(id(p), ("—", 0))
-            why = "" if id(p) in methods else self._reasons.get(id(p)) or "no model was given"
-            method = f"K-FAC {self.options.basis}" if not why else "AdamW"
-            if why and id(p) in self._place:
-                method = "refine alone"
-            curved = id(p) in self._place
-            name = self._names.get(id(p), f"#{i}")
-            rows.append(Row(name, tuple(p.shape), kind, method, why, memory, curved))
+            for p in layer.whole().values():
+                layers.setdefault(id(p), []).append(layer)
+        rows = [self._row(i, p, layers.get(id(p), [])) for i, p in enumerate(self._all)]
         return Coverage(tuple(rows), f"Fisher: {self._fisher.mode}.")
+
+    def _row(self, i: int, p: Tensor, layers: Sequence[Layer]) -> Row:
+        name, shape = self._names.get(id(p), f"#{i}"), shape_of(p)
+        why = self._reasons.get(id(p), "")
+        if not layers:
+            method = "joins refine" if id(p) in self._place else "AdamW"
+            curved, why = id(p) in self._place, why or "no model was given"
+            return Row(name, shape, "—", method, why, "—", 0, curved)
+        unexplained = self._watcher.unexplained if self._watcher is not None else {}
+        why = unexplained.get(layers[0].name, why)
+        covers = [covered(layer, self._curvature, self.options.basis, why) for layer in layers]
+        methods = dict.fromkeys(method for method, _, _ in covers)
+        sharing = dict.fromkeys(sharing for _, sharing, _ in covers)
+        kind = ", ".join(dict.fromkeys(layer.kind.name for layer in layers))
+        # A layer's memory stands once, with its first parameter.
+        own = sum(
+            memory
+            for layer, (_, _, memory) in zip(layers, covers, strict=True)
+            if p is next(iter(layer.whole().values()))
+        )
+        return Row(name, shape, kind, ", ".join(methods), why, ", ".join(sharing), own, True)
 
     def diagnostics(self) -> dict[str, Tensor]:
         """What the last step did, as float64 scalars on the CPU."""
@@ -531,8 +575,8 @@ class KFAC(Optimizer):
         place = self._index
         entries: dict[int, dict[str, Tensor]] = {i: {} for i in self._index.values()}
         for layer in self._layers:
-            first = next(iter(layer.parameters().values()))
-            entries[place[id(first)]].update(self._curvature.tensors(layer.name))
+            kept = self._curvature.tensors(layer.name)
+            entries[place[id(_first(layer))]].update({_key(layer) + k: t for k, t in kept.items()})
         for p, step in zip(self._parameters, self._previous or [], strict=False):
             entries[place[id(p)]]["previous"] = step
         entries[0]["generator"] = self._generator.get_state()
@@ -576,19 +620,20 @@ class KFAC(Optimizer):
             name = self._names.get(id(p), str(i))
             require_same_shapes(name, p, theirs["state"].get(i, {}), ours.get(i, {}))
         for layer in self._layers:
-            first = next(iter(layer.parameters().values()))
-            require_same_layer(layer, ours.get(self._index[id(first)], {}))
+            saved_here = ours.get(self._index[id(_first(layer))], {})
+            largest = self.options.largest_side_of(layer.name)
+            require_same_layer(layer, _of_layer(layer, saved_here), largest)
         self._curvature.factors, self._curvature.inverses = {}, {}
+        self._curvature.chosen = {}
         super().load_state_dict(theirs)
         if self._fallback is not None:
             self._fallback.state = self.state
         place = self._index
         for layer in self._layers:
-            first = next(iter(layer.parameters().values()))
-            kept = {
-                k: t.to(first.device).clone() for k, t in ours.get(place[id(first)], {}).items()
-            }
-            if "A_total" in kept:
+            first = _first(layer)
+            found_here = _of_layer(layer, ours.get(place[id(first)], {}))
+            kept = {k: t.to(first.device).clone() for k, t in found_here.items()}
+            if kept:
                 self._curvature.load(layer.name, kept)
         steps = [ours.get(place[id(p)], {}).get("previous") for p in self._parameters]
         found = [
@@ -624,4 +669,24 @@ class KFAC(Optimizer):
 
 def _gradient(parameter: Tensor) -> Tensor:
     """The gradient, or zeros where none arrived."""
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    if parameter.grad is None:
+        return torch.zeros_like(parameter)
+    return parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+
+
+def _first(layer: Layer) -> Tensor:
+    """The parameter that a layer's state is filed under."""
+    return next(iter(layer.whole().values()))
+
+
+def _key(layer: Layer) -> str:
+    """In front of a layer's entries: several layers may be rows of one parameter."""
+    rows = next(iter(layer.parts.values()), None)
+    return "" if rows is None else f"rows{rows.start}_"
+
+
+def _of_layer(layer: Layer, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is saved of a layer among all that is filed under its first parameter."""
+    key = _key(layer)
+    found = {k.removeprefix(key): t for k, t in kept.items() if k.startswith(key)}
+    return {k: t for k, t in found.items() if not k.startswith("rows") and k not in NOT_OF_LAYERS}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -13,7 +14,8 @@ from kronewton.errors import ModelError, OptionError, UnsupportedError
 
 AUTO = "auto"
 FISHERS = ("sampled", "exact", "empirical")
-SHARINGS = ("expand", "reduce", "best")
+SHARINGS = ("auto", "expand", "reduce", "best")
+LARGEST_SIDE = 4096
 BASES = ("factored", "eigen", "corrected")
 
 
@@ -27,7 +29,7 @@ class Options:
     weight_decay: float
     trust_region: float | str | None
     fisher: str
-    sharing: str
+    sharing: str | Mapping[str, str]
     basis: str
     refine: int
     refine_tolerance: float
@@ -36,6 +38,7 @@ class Options:
     inverse_every: int | str
     adapt_every: int | str
     factor_decay: float | str
+    largest_side: int | Mapping[str, int]
     draws: int
     fallback_lr: float
     strict: bool
@@ -49,7 +52,10 @@ class Options:
         if self.trust_region is not None:
             _number("trust_region", self.trust_region, 0.0, auto=True, none=True)
         _choice("fisher", self.fisher, FISHERS)
-        _choice("sharing", self.sharing, SHARINGS)
+        for pattern, value in _by_pattern("sharing", self.sharing):
+            _choice(f"sharing{pattern}", value, SHARINGS)
+        for pattern, side in _by_pattern("largest_side", self.largest_side):
+            _count(f"largest_side{pattern}", side, 1)
         _choice("basis", self.basis, BASES)
         for name in ("factor_every", "inverse_every", "adapt_every"):
             _count(name, getattr(self, name), 1, auto=True)
@@ -63,6 +69,14 @@ class Options:
             raise OptionError(f"factor_decay must lie in [0, 1), not {self.factor_decay!r}.")
         _number("fallback_lr", self.fallback_lr, 0.0)
 
+    def sharing_of(self, layer: str) -> str:
+        """What was asked for a layer: of the first pattern that its name matches."""
+        return _chosen(self.sharing, layer, AUTO)
+
+    def largest_side_of(self, layer: str) -> int:
+        """Likewise the side up to which a layer's factor is kept in full."""
+        return _chosen(self.largest_side, layer, LARGEST_SIDE)
+
     @property
     def uses_model(self) -> bool:
         """Whether something is chosen by the quadratic model."""
@@ -70,11 +84,65 @@ class Options:
         return automatic or self.trust_region is not None or self.refine > 0
 
 
+T = TypeVar("T")
+
+
+def _by_pattern(name: str, value: T | Mapping[str, T]) -> list[tuple[str, T]]:
+    """The values of an option that may be given by layer, each with the words to name it by."""
+    if not isinstance(value, Mapping):
+        return [("", value)]
+    strange = [key for key in value if not isinstance(key, str)]
+    if strange:
+        raise OptionError(
+            f"{name} maps patterns of layer names to values, and {strange[0]!r} is not a string. "
+            f"Write {name}={{'encoder.*': ..., '*': ...}}."
+        )
+    return [(f"[{key!r}]", entry) for key, entry in value.items()]
+
+
+def _chosen(value: T | Mapping[str, T], layer: str, default: T) -> T:
+    if not isinstance(value, Mapping):
+        return value
+    return next((v for pattern, v in value.items() if fnmatchcase(layer, pattern)), default)
+
+
+def check_patterns(options: Options, layers: Sequence[str]) -> None:
+    """Refuse a pattern that no layer's name matches: it would change nothing in silence."""
+    for name in ("sharing", "largest_side"):
+        value = getattr(options, name)
+        for pattern in value if isinstance(value, Mapping) else ():
+            if pattern != "*" and not any(fnmatchcase(layer, pattern) for layer in layers):
+                raise OptionError(
+                    f"{name}[{pattern!r}] matches no layer. The layers are: "
+                    f"{', '.join(map(repr, layers)) or 'none'}."
+                )
+
+
 def check_group(group: Mapping[str, Any]) -> None:
     """A parameter group's own options: numbers, in automatic runs too, where lr is a factor."""
     for name in ("lr", "weight_decay"):
         if name in group:
             _number(name, group[name], 0.0)
+
+
+def criteria_of(criterion: Any) -> tuple[Any, ...]:
+    """The criteria that were given: one, several, or none."""
+    if isinstance(criterion, (list, tuple, nn.ModuleList)):
+        return tuple(criterion)
+    return () if criterion is None else (criterion,)
+
+
+def check_criteria(criterion: Any, fisher: str) -> tuple[nn.Module, ...]:
+    """The criteria, each of them checked."""
+    criteria = criteria_of(criterion)
+    for one in criteria or (None,):
+        check_criterion(one, fisher)
+    if len({id(one) for one in criteria}) < len(criteria):
+        raise OptionError(
+            "criterion names one module twice; each call of it is a term of the loss in any case. "
+            "Name it once."
+        )
+    return criteria
 
 
 def check_criterion(criterion: Any, fisher: str) -> None:

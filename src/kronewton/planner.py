@@ -184,7 +184,7 @@ class Planner:
         lowest, found = math.inf, FIRST_TRIALS[0] * self.curvature.scale
         for trial in FIRST_TRIALS:
             damping = trial * self.curvature.scale
-            self.curvature.refresh(self.curvature.factors, damping)
+            self.curvature.refresh(self.curvature.known, damping)
             direction = self.direct(damping)
             subspace = model.subspace(gradient, [model.line(direction)])
             if not subspace.finite():

@@ -7,7 +7,7 @@ BatchNorm's running statistics stay as they are, and so do torch's own random st
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,30 @@ class ModelCall:
     def intact(self) -> bool:
         """Whether the arguments still hold the batch: a loop may load the next one into them."""
         return self.versions is None or self.versions == versions((self.args, self.kwargs))
+
+
+@dataclass(frozen=True, eq=False)
+class Inner:
+    """The place of an output that a criterion inside the model is given."""
+
+    criterion: nn.Module
+    count: int  # of its calls before this one in the same forward
+
+    def output(self, run: Callable[[], Any]) -> Tensor:
+        """What the criterion is given when the model runs."""
+        given: list[Any] = []
+
+        def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given.append(args[0] if args else next(iter(kwargs.values())))
+
+        handle = self.criterion.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            run()
+        finally:
+            handle.remove()
+        output = given[self.count]
+        assert isinstance(output, Tensor)
+        return output
 
 
 class Replayer:
@@ -66,6 +90,8 @@ class Replayer:
                 stack.enter_context(self._mode(call.training))
             if tensors is not None:
                 stack.enter_context(self._swapped(tensors))
+            if path and isinstance(path[0], Inner):
+                return path[0].output(lambda: self.model(*call.args, **call.kwargs))
             return follow(self.model(*call.args, **call.kwargs), path)
 
     @contextlib.contextmanager

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from kronewton.adapt import Settings
 from kronewton.errors import StateError
-from kronewton.layers import Layer
+from kronewton.layers import ENTRIES, TURNED, Layer
 from kronewton.planner import Planner
+from kronewton.structure import DENSE, DIAGONAL, side_of
 
-VERSION = 2
+VERSION = 3
 PREFIX = "kfac_"  # in front of every key of ours, beside those of the fallback
 SCALARS = (
     "version",
@@ -144,13 +145,24 @@ def require_same_shapes(
         raise _of_another_model("a step", previous, f"parameter '{name}'", p.shape)
 
 
-def require_same_layer(layer: Layer, kept: Mapping[str, Tensor]) -> None:
+def require_same_layer(layer: Layer, kept: Mapping[str, Tensor], largest: int) -> None:
     """Raise StateError if the factors that are saved of a layer have other shapes than its."""
-    G = layer.kind.matrix(layer, layer.parameters())
-    for key, d in {"A_total": G.shape[-1], "B_total": G.shape[-2]}.items():
-        wanted = torch.Size((*G.shape[:-2], d, d))
-        if key in kept and kept[key].shape != wanted:
-            raise _of_another_model("a factor", kept[key], f"layer '{layer.name}'", wanted)
+    if not kept:
+        return
+    shape = layer.kind.matrix(layer, layer.parameters()).shape
+    d_out, d_in = shape[-2:]
+    for key, tensor in kept.items():
+        if not key.startswith(("A_total", "B_total")):
+            continue
+        d, other = (d_in, d_out) if key[0] == "A" else (d_out, d_in)
+        if key.endswith(TURNED):
+            d, other = other, d
+        if key.endswith(ENTRIES):
+            d, other = (1, 1) if key[0] == "A" else (shape.numel(), 1)
+        allowed = [s.stored(d) for s in (DENSE, DIAGONAL, side_of(d, other, largest))]
+        if tensor.shape not in [torch.Size((*shape[:-2], *one)) for one in allowed]:
+            wanted = torch.Size((*shape[:-2], *allowed[0]))
+            raise _of_another_model("a factor", tensor, f"layer '{layer.name}'", wanted)
 
 
 def _of_another_model(what: str, saved: Tensor, owner: str, wanted: torch.Size) -> StateError:

@@ -30,6 +30,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kronewton.structure import DENSE, Structure
+
 
 class Rows(ABC):
     """A layer's input rows a: laid out in memory, or known by what they are made from."""
@@ -44,8 +46,17 @@ class Rows(ABC):
         """The rows of some examples, or of all: (…, N, S, d_in)."""
 
     @abstractmethod
-    def second_moment(self, weights: Tensor | None = None) -> Tensor:
-        """Sum of outer products, each row with its weight (N, S): (…, d_in, d_in)."""
+    def second_moment(self, weights: Tensor | None = None, structure: Structure = DENSE) -> Tensor:
+        """Sum of outer products, each row with its weight (N, S): (…, d_in, d_in), as stored."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """d_in."""
+
+    @abstractmethod
+    def first(self, count: int) -> Rows:
+        """The rows of the first so many examples."""
 
     @abstractmethod
     def averaged(self, shares: Tensor | None = None) -> Rows:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import UninitializedParameter
 
 from kronewton.layers.base import DenseRows, Kind, Layer, with_bias_entry
 from kronewton.layers.lags import lag_moment
 from kronewton.linalg import second_moment
+from kronewton.structure import DENSE, Structure
 from kronewton.tiling import Geometry, geometry
 from kronewton.types import Rows
 
@@ -90,8 +90,6 @@ class ConvolutionKind(Kind):
         replaced = vars(module).keys() & {"forward", "_conv_forward"}
         if not isinstance(module, _ConvNd) or own not in TORCHS or replaced:
             return "its forward is not that of torch's convolution"
-        if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
-            return "it is lazy and has not seen a batch yet"
         if not all(p.is_floating_point() for p in module.parameters()):
             return "its parameters are not real floating-point numbers"
         return ""
@@ -140,11 +138,30 @@ class Windows(Rows):
         rows = rows.permute(1, 0, 3, 2, 4).flatten(3)  # (groups, n, S, d_in)
         return _without_one(with_bias_entry(rows) if self.bias else rows)
 
-    def second_moment(self, weights: Tensor | None = None) -> Tensor:
+    @property
+    def width(self) -> int:
+        C = self.prepared.shape[1] // self.groups
+        return C * math.prod(self.cut.kernel) + self.bias
+
+    def second_moment(self, weights: Tensor | None = None, structure: Structure = DENSE) -> Tensor:
+        if structure != DENSE:
+            return self._in_part(weights, structure)
         of_examples = weights is None or weights.shape[1] == 1 or not any(weights.stride()[1:])
         if of_examples and self._pays():
             return self._from_lags(None if weights is None else weights[:, 0])
         return self._from_chunks(weights)
+
+    def _in_part(self, weights: Tensor | None, structure: Structure) -> Tensor:
+        """What a structure keeps, laying windows out a chunk of examples at a time."""
+        step = self._step
+        moments = [
+            structure.second_moment(
+                self.dense(n, n + step).flatten(-3, -2),
+                None if weights is None else weights[n : n + step].reshape(-1),
+            )
+            for n in range(0, self.counts[0], step)
+        ]
+        return torch.stack(moments).sum(0)
 
     def _pays(self) -> bool:
         """Whether lags are cheaper than windows; measured on a CPU only."""
@@ -192,6 +209,9 @@ class Windows(Rows):
         if self.bias:
             moment[:, :d, d] = moment[:, d, :d]
         return _without_one(_channels_first(moment, C, kernel))
+
+    def first(self, count: int) -> Rows:
+        return Windows(self.prepared[:count], self.cut, self.groups, self.bias)
 
     def averaged(self, shares: Tensor | None = None) -> Rows:
         if shares is None:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from kronewton.layers.base import DenseRows, Kind, Layer, rows_of, with_bias_entry
+from kronewton.layers.base import (
+    DenseRows,
+    Kind,
+    Layer,
+    not_of_torch,
+    rows_of,
+    with_bias_entry,
+)
 from kronewton.types import Rows
 
 
@@ -42,11 +48,4 @@ class LinearKind(Kind):
         return {"weight": matrix[:, :-1], "bias": matrix[:, -1]}
 
     def refusal(self, module: nn.Module) -> str:
-        own = "forward" not in vars(module) and type(module).forward is nn.Linear.forward
-        if not isinstance(module, nn.Linear) or not own:
-            return "its forward is not that of nn.Linear"
-        if isinstance(module, NonDynamicallyQuantizableLinear):  # MultiheadAttention's out_proj
-            return "its weight is used without calling the module"
-        if not all(isinstance(p, Tensor) and p.is_floating_point() for p in module.parameters()):
-            return "its parameters are not real floating-point numbers"
-        return ""
+        return not_of_torch(module, (nn.Linear,))
