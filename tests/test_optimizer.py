@@ -876,7 +876,7 @@ def test_a_model_in_which_a_module_is_called_twice_takes_the_summed_step():
     rows = torch.cat([torch.cat([r, torch.ones(5, 1)], 1) for r in (x, h)])
     A, B = rows.T @ rows / 10, 2 / 3 * (torch.eye(3) + W.T @ W)
     before = vector(model)
-    optimizer = KFAC(model, criterion, damping=0.03, basis="eigen", **FIRST)
+    optimizer = KFAC(model, criterion, damping=0.03, basis="eigen", sharing="expand", **FIRST)
     whole(model, criterion, x, y)
     G = torch.cat([cell.weight.grad, cell.bias.grad[:, None]], 1)
     optimizer.step()

@@ -187,7 +187,10 @@ class Watcher:
     # The model and its layers.
 
     def _watching(self) -> bool:
-        return not self._paused and torch.is_grad_enabled()
+        if self._paused or not torch.is_grad_enabled():
+            return False
+        # Inside torch.func's transforms a call is a function's and not the training's.
+        return torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._watching():

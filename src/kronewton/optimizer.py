@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from kronewton.capture import Fisher, Part, Watcher
 from kronewton.coverage import Coverage, Row, covered, shape_of
-from kronewton.curvature import Curvature, by_layer, due, due_in_turn
+from kronewton.curvature import Curvature, by_layer, due, due_in_turn, layer_of
 from kronewton.errors import (
     CriterionError,
     KronewtonWarning,
@@ -231,7 +231,7 @@ class KFAC(Optimizer):
         seen = by_layer((part.statistics, part.weight) for part in parts)
         self._curvature.learn(seen, planner.decay())
         if watcher.capturing:
-            self._warn_of_uncalled(watcher)
+            self._warn_of_uncalled(watcher, {layer_of(term) for term in seen})
         self._require_own_parameters()
         gradient = flattened([_gradient(p) for p in self._parameters])
         planner.factor = self._common_factor()
@@ -340,7 +340,7 @@ class KFAC(Optimizer):
                 "the criterion takes, and keep the batch until the step is made."
             )
 
-    def _warn_of_uncalled(self, watcher: Watcher) -> None:
+    def _warn_of_uncalled(self, watcher: Watcher, seen: Collection[str]) -> None:
         """Say which layers have a gradient and no curvature, for their step is plain descent."""
         for name, why in watcher.unexplained.items():
             self._warn(
@@ -349,7 +349,7 @@ class KFAC(Optimizer):
             )
         for layer in self._layers:
             moving = any(p.grad is not None for p in layer.whole().values())
-            if moving and not self._curvature.terms(layer.name):
+            if moving and layer.name not in seen and not self._curvature.terms(layer.name):
                 self._warn(
                     f"layer '{layer.name}' has a gradient, but nothing in the loss that was "
                     "watched depends on it in a way that can be seen: until it does, its step is "
