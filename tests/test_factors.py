@@ -248,7 +248,7 @@ def test_corrected_eigenvalues_of_a_refreshed_basis_are_the_batch_measured_again
     (stats, _), (earlier, _) = second["0"][0], first["0"][0]
     fresh = with_corrected(batch_factors([(stats, ONE)]), [(stats, ONE)], new.U_A, new.U_B).s
     stale = with_corrected(batch_factors([(earlier, ONE)]), [(earlier, ONE)], old.U_A, old.U_B).s
-    turned = rotated(stale, old.U_A.T @ new.U_A, old.U_B.T @ new.U_B)
+    turned = rotated(stale, old.basis, new.basis)
     wanted = (0.95 * turned.total + fresh.total) / 1.95
     torch.testing.assert_close(running_s.mean, wanted, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(new.s, running_s.mean)

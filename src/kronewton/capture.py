@@ -373,7 +373,8 @@ class Watcher:
             weights = part.curvature().weights
         rows: list[list[Tensor | None]] = []
         with self.paused():  # checkpointed layers run again in here
-            for cotangent in self.fisher.cotangents(part.curvature()):
+            T = _folded(calls, output) if part.batched else 1
+            for cotangent in self.fisher.cotangents(part.curvature(), T):
                 u = cotangent.to(output.dtype)
                 if not wanted.sources:
                     return False
@@ -457,7 +458,7 @@ class Watcher:
         """Gradients in a layer's own entries (V, …) as rows of one example."""
         b = G.flatten(1)[:, None, None, :]  # (V, 1, 1, numbers)
         ones = DenseRows(b.new_ones(1, 1, 1))
-        stats = Statistics(ones, b, b.new_ones(()), max(part.forwards, default=0))
+        stats = Statistics(ones, b, b.new_ones(()), 1, max(part.forwards, default=0))
         part.statistics[name + ENTRIES] = [stats]
 
     def _statistics(self, call: LayerCall, b: Tensor, weights: Tensor) -> Statistics:
@@ -467,7 +468,7 @@ class Watcher:
             w = w.expand(N, S) * call.seen.present
         elif S > 1 and not call.layer.kind.sums and b.dim() == 4 and b.device.type == "cpu":
             w = with_mask(w, (b != 0).any(-1).any(0))
-        return Statistics(call.a, b, w, call.forward)
+        return Statistics(call.a, b, w, weights.numel() // N if weights.dim() else 0, call.forward)
 
     # What arrives in the user's own backward pass.
 
@@ -545,11 +546,16 @@ class Fisher:
         """Whether the user's own backward pass brings the rows."""
         return self.mode == "empirical"
 
-    def cotangents(self, at: OutputCurvature) -> Iterator[Tensor]:
-        """Cotangents u at the criterion's input with Σ u u' = Λ, or its expectation."""
+    def cotangents(self, at: OutputCurvature, folded: int = 1) -> Iterator[Tensor]:
+        """Cotangents u at the criterion's input with Σ u u' = Λ, or its expectation.
+
+        folded: how many positions of an example stand one after the other in the output's first
+        dimension. Each has its own columns: what lies behind them may be shared.
+        """
         if self.mode == "exact":
             for column in at.columns():
-                yield self._signed(column)
+                for t in range(folded):
+                    yield self._signed(_every(column, t, folded))
             return
         for _ in range(self.draws):
             draw = at.draw(self.generator)
@@ -636,6 +642,23 @@ class _Arrival:
                 self(gradients[place])
 
         return hook
+
+
+def _folded(calls: Sequence[LayerCall], output: Tensor) -> int:
+    """How many positions of each of the layers' examples the output's first dimension holds."""
+    examples = {call.a.counts[0] for call in calls}
+    N = max(examples, default=0)
+    whole = output.dim() > 1 and N > 0 and len(output) % N == 0
+    return len(output) // N if whole else 1
+
+
+def _every(column: Tensor, t: int, folded: int) -> Tensor:
+    """The rows t, t + folded, t + 2·folded, … of a column, zero elsewhere."""
+    if folded == 1:
+        return column
+    found = torch.zeros_like(column)
+    found[t::folded] = column[t::folded]
+    return found
 
 
 class Wanted:
@@ -752,7 +775,8 @@ def _joined(calls: list[Statistics]) -> Statistics:
     if any(s.weights.dim() for s in calls):
         weights = torch.cat([s.weights.expand(s.a.counts) for s in calls], 1)
     a = DenseRows(torch.cat([s.a.dense() for s in calls], -2))
-    return Statistics(a, torch.cat([s.b for s in calls], -2), weights, first.forward)
+    b = torch.cat([s.b for s in calls], -2)
+    return replace(first, a=a, b=b, weights=weights)
 
 
 def _arguments(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

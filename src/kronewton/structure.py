@@ -291,6 +291,14 @@ class Sides(NamedTuple):
 PLAIN = Sides()
 
 
+def kronecker_apply(B: Tensor, A: Tensor, G: Tensor, sides: Sides = PLAIN) -> Tensor:
+    """(B ⊗ A) vec(G) as a matrix, for symmetric A (…, d_in, d_in): B G A."""
+    # The thinner product first: it is the cheaper order and the same number.
+    if G.shape[-2] <= G.shape[-1]:
+        return sides.input.right(sides.output.left(B, G), A)
+    return sides.output.left(B, sides.input.right(G, A))
+
+
 def side_of(d: int, other: int, largest: int) -> Structure:
     """The structure of a side of d, when the layer's other side has `other` entries.
 

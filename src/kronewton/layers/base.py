@@ -167,8 +167,8 @@ class DenseRows(Rows):
         flat = None if weights is None else weights.reshape(-1)
         return structure.second_moment(self.rows.flatten(-3, -2), flat)
 
-    def first(self, count: int) -> Rows:
-        return DenseRows(self.rows[..., :count, :, :])
+    def some(self, start: int, stop: int) -> Rows:
+        return DenseRows(self.rows[..., start:stop, :, :])
 
     def averaged(self, shares: Tensor | None = None) -> Rows:
         if shares is None:
