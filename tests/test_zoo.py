@@ -1,4 +1,4 @@
-"""Models of many architectures, each trained for a few steps with nothing set."""
+"""Every model of the zoo, trained by the defaults: all of it moves, and nothing stays unsaid."""
 
 from __future__ import annotations
 
@@ -8,191 +8,135 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from zoo import ENTRIES, WORDS, Entry, N, T, discriminator, generator
 
 import kronewton as kn
-
-STEPS = 6
-ROUNDING = 1e-6  # of the largest gradient: what is smaller may be zero but for rounding
+from zoo import ZOO, Entry, Trained, hooks_of, train
 
 
-def hooks(*modules: nn.Module | None) -> list[Any]:
-    """Every hook on the modules and on their parameters."""
-    found: list[Any] = []
-    for module in [m for top in modules if top is not None for m in top.modules()]:
-        for name in ("forward", "forward_pre", "backward", "backward_pre"):
-            found += getattr(module, f"_{name}_hooks").values()
-        for p in module.parameters(recurse=False):
-            found += (p._backward_hooks or {}).values()
-    return found
+def _case(entry: Entry) -> Any:
+    marks = [pytest.mark.xfail(reason=entry.fails, strict=False)] if entry.fails else []
+    return pytest.param(entry, id=entry.name, marks=marks)
 
 
-def of_consequence(model: nn.Module) -> set[str]:
-    """The trained parameters whose gradient is not zero."""
-    gradients = {n: p.grad.abs().max() for n, p in model.named_parameters() if p.grad is not None}
-    largest = max(gradients.values())
-    return {name for name, size in gradients.items() if size > ROUNDING * largest}
+@pytest.mark.parametrize("entry", [_case(entry) for entry in ZOO])
+def test_training_by_the_defaults(entry: Entry) -> None:
+    if entry.needs:
+        package, how = entry.needs
+        pytest.importorskip(package, reason=f"{package} is not installed: {how}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", "`torch.jit.script")  # torch's, of its own first jvp
+        trained = train(entry)
+    said = [str(w.message) for w in caught]
+    assert not [s for s in said if not any(re.search(p, s) for p in entry.warns)]
+    _check_movement(trained)
+    for optimizer in trained.optimizers:
+        _check_coverage(optimizer)
+    if not entry.rises:
+        first, last = trained.losses[0], trained.losses[-1]
+        assert all(b <= a + 0.2 * abs(a) for a, b in zip(first, last, strict=True))
+    _check_hooks(trained)
 
 
-def seeded_loss(entry: Entry, model: nn.Module, criterion: Any, batch: Any) -> Tensor:
-    torch.manual_seed(2)
-    return entry.loss(model, criterion, batch)
+def _check_movement(trained: Trained) -> None:
+    now = dict(trained.model.named_parameters())
+    assert all(bool(torch.isfinite(p).all()) for p in now.values())
+    same = {n for n, p in now.items() if torch.equal(p, trained.before[n])}
+    assert not same & trained.moving
+    assert same == now.keys() - trained.moving
 
 
-def check(entry: Entry) -> None:
-    torch.manual_seed(0)
-    model, criterion = entry.make()
-    batch = entry.batch()
-    had = len(hooks(model, criterion))
-    optimizer = kn.KFAC(model, criterion, **entry.options)
-    shown = optimizer.observe if entry.observes else criterion
-    took_part: set[str] = set()
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        loss = seeded_loss(entry, model, shown, batch)
-        if step == 0:
-            first = float(loss)
-            before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        loss.backward()
-        took_part |= of_consequence(model)
-        optimizer.step()
-
-    covered(optimizer, model)
-    unused = {n for n in before if n.startswith(entry.unused)} if entry.unused else set()
-    assert not took_part & unused
-    for name, p in model.named_parameters():
-        assert torch.isfinite(p).all(), f"{name} is not finite"
-        same = torch.equal(p, before[name])
-        assert not (same and name in took_part), f"{name} takes part in the loss and has not moved"
-        assert same or (p.requires_grad and name not in unused), f"{name} has moved"
-
-    optimizer.close()
-    assert len(hooks(model, criterion)) == had
-    after = float(seeded_loss(entry, model, (lambda *_: None) if entry.observes else shown, batch))
-    assert after <= first + 0.5 * abs(first), f"the loss went from {first} to {after}"
-
-
-def covered(optimizer: kn.KFAC, model: nn.Module) -> None:
-    """One row for each trained parameter, and a reason wherever curvature has no part in it."""
+def _check_coverage(optimizer: kn.KFAC) -> None:
     rows = optimizer.coverage().rows
-    trained = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert sorted(row.parameter for row in rows) == sorted(trained)
+    listed = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {row.parameter for row in rows}
+    assert len(rows) == len(names) == len({id(p) for p in listed if p.requires_grad})
     for row in rows:
         assert row.method
-        assert row.why or (row.curved and row.method != "AdamW"), f"no reason for {row.parameter}"
+        assert row.why or not {"AdamW", "diagonal"} & set(row.method.split(", ")), row
 
 
-def silent_but_for(allowed: tuple[str, ...], found: list[warnings.WarningMessage]) -> None:
-    others = [
-        str(w.message) for w in found if not any(re.search(p, str(w.message)) for p in allowed)
-    ]
-    assert not others
-
-
-def entries() -> list[Any]:
-    return [
-        pytest.param(
-            entry,
-            id=entry.name,
-            marks=[pytest.mark.xfail(reason=entry.fails, strict=False)] if entry.fails else [],
-        )
-        for entry in ENTRIES
-    ]
-
-
-@pytest.mark.parametrize("entry", entries())
-def test_each_architecture_trains_by_the_defaults(entry: Entry) -> None:
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        check(entry)
-    silent_but_for(entry.warnings, found)
-
-
-def test_names_are_their_own() -> None:
-    assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
-
-
-def test_two_networks_against_each_other() -> None:
-    torch.manual_seed(0)
-    G, D, criterion = generator(), discriminator(), nn.BCEWithLogitsLoss()
-    before = [p.detach().clone() for net in (G, D) for p in net.parameters()]
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        of_g, of_d = kn.KFAC(G, criterion), kn.KFAC(D, criterion)
-        for _ in range(STEPS):
-            images, noise = torch.rand(N, 3, 8, 8) * 2 - 1, torch.randn(N, 8)
-            of_d.zero_grad()
-            real = criterion(D(images), torch.ones(N, 1))
-            real.backward()
-            fakes = G(noise)
-            fake = criterion(D(fakes.detach()), torch.zeros(N, 1))
-            fake.backward()
-            of_d.step()
-            of_g.zero_grad()
-            fooled = criterion(D(fakes), torch.ones(N, 1))
-            fooled.backward()
-            of_g.step()
-    after = [p for net in (G, D) for p in net.parameters()]
-    assert all(bool(torch.isfinite(p).all()) for p in after)
-    moved = [not torch.equal(p, q) for p, q in zip(after, before, strict=True)]
-    assert all(moved)
-    for optimizer, net in ((of_g, G), (of_d, D)):
-        covered(optimizer, net)
+def _check_hooks(trained: Trained) -> None:
+    for optimizer in trained.optimizers:
         optimizer.close()
-    assert not hooks(G, D, criterion)
-    silent_but_for((), found)
+    left = hooks_of(trained.modules)
+    assert not [hook for hook in left if not any(hook is before for before in trained.hooks)]
 
 
-def small_configuration(name: str, transformers: Any) -> nn.Module:
-    """A randomly initialised model of transformers, of a few thousand numbers."""
-    if name == "GPT2LMHeadModel":
-        config = transformers.GPT2Config(WORDS, T, 16, 1, 2, bos_token_id=0, eos_token_id=0)
-    elif name == "BertForMaskedLM":
-        config = transformers.BertConfig(
-            WORDS, 16, 1, 2, intermediate_size=32, max_position_embeddings=T
-        )
-    else:
-        config = transformers.T5Config(
-            WORDS, 16, 8, 32, num_layers=1, num_heads=2, decoder_start_token_id=0
-        )
-    return getattr(transformers, name)(config)
+BY_NAME = {entry.name: entry for entry in ZOO}
 
 
-@pytest.mark.parametrize(
-    "name", ["GPT2LMHeadModel", "BertForMaskedLM", "T5ForConditionalGeneration"]
+@pytest.mark.parametrize("name", ["WaveNet", "mixture of experts"])
+@pytest.mark.xfail(
+    reason="a layer that was never part of the loss is listed as K-FAC", strict=False
 )
-def test_models_of_transformers(name: str) -> None:
-    why = "needs transformers: pip install transformers"
-    transformers = pytest.importorskip("transformers", reason=why)
-
-    def observed(model: nn.Module, observe: Any, batch: Any) -> Tensor:
-        x, y = batch
-        out = model(input_ids=x, labels=y)
-        logits, labels = out.logits, y
-        if name == "GPT2LMHeadModel":
-            logits, labels = logits[:, :-1], y[:, 1:]
-        observe(logits.flatten(0, 1), labels.flatten(), nn.CrossEntropyLoss())
-        return out.loss
-
-    check(
-        Entry(
-            name,
-            lambda: (small_configuration(name, transformers), None),
-            lambda: (torch.randint(WORDS, (N, T)), torch.randint(WORDS, (N, T))),
-            observed,
-            observes=True,
-        )
-    )
+def test_what_has_no_statistics_is_not_called_covered(name: str) -> None:
+    trained = train(BY_NAME[name], 2)
+    (optimizer,) = trained.optimizers
+    still = [r for r in optimizer.coverage().rows if r.parameter not in trained.moving]
+    assert still
+    assert all(r.why and "K-FAC" not in r.method for r in still)
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "test_vit", "test_convnext"])
-def test_models_of_timm(name: str) -> None:
-    timm = pytest.importorskip("timm", reason="needs timm: pip install timm")
-    check(
-        Entry(
-            name,
-            lambda: (timm.create_model(name, num_classes=4), nn.CrossEntropyLoss()),
-            lambda: (torch.randn(2, 3, 160, 160), torch.randint(4, (2,))),
-        )
-    )
+@pytest.mark.xfail(
+    reason="outputs after the first one are taken for constant targets", strict=False
+)
+def test_every_output_that_a_criterion_takes_counts() -> None:
+    torch.manual_seed(0)
+    entry = BY_NAME["triplet, three calls"]
+    model, criterion = entry.make()
+    optimizer = kn.KFAC(model, criterion)
+    entry.loss(model, criterion, entry.batch()).backward()
+    (part,) = optimizer._watcher.parts
+    assert {name: sum(s.a.counts[1] for s in found) for name, found in part.statistics.items()} == {
+        "0": 3,
+        "2": 3,
+    }
+
+
+@pytest.mark.xfail(reason="gradients of an inner autograd.grad count as the loss's", strict=False)
+def test_a_gradient_inside_the_loss_is_no_training_gradient() -> None:
+    torch.manual_seed(0)
+    entry = BY_NAME["PINN, no criterion"]
+    model, _ = entry.make()
+    optimizer = kn.KFAC(model, None)
+    entry.loss(model, None, entry.batch())
+    assert not optimizer._watcher._arrivals
+
+
+class Product(torch.nn.Module):
+    """x W with a parameter of its own."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight.t().clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+@pytest.mark.xfail(reason="a lone matrix is always reduced, whatever sharing says", strict=False)
+def test_a_product_with_an_own_parameter_has_the_block_of_a_linear_layer() -> None:
+    torch.manual_seed(0)
+    linear, x, y = torch.nn.Linear(8, 4, bias=False), torch.randn(12, 6, 8), torch.randn(12, 6, 4)
+    traces = []
+    for model in (linear, Product(linear.weight.detach())):
+        criterion = torch.nn.MSELoss()
+        optimizer = kn.KFAC(model, criterion, fisher="exact", sharing="expand", damping=0.1)
+        criterion(model(x), y).backward()
+        optimizer.step()
+        traces += [float(f.trace()) for f in optimizer._curvature.factors.values()]
+    assert traces[1] == pytest.approx(traces[0])
+
+
+@pytest.mark.xfail(reason="a replay starts from buffers that the forward changed", strict=False)
+def test_a_replay_makes_the_output_that_was_watched() -> None:
+    torch.manual_seed(0)
+    entry = BY_NAME["spectral_norm"]
+    model, criterion = entry.make()
+    optimizer = kn.KFAC(model, criterion)
+    entry.loss(model, criterion, entry.batch()).backward()
+    (part,) = optimizer._watcher.parts
+    with optimizer._watcher.paused():
+        again = optimizer._planner.replayer.run(part.call, part.path)
+    assert torch.allclose(again, part.output)
