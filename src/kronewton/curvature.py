@@ -91,7 +91,7 @@ class Curvature:
     def sharing(self, term: str) -> str:
         """How one Kronecker product stands for several positions; "auto" until it is chosen."""
         layer = self.layers[layer_of(term)]
-        if layer.kind.sums or term.endswith(ENTRIES):
+        if layer.kind.sums(layer) or term.endswith(ENTRIES):
             return "reduce"  # a is 1: gradients summed over positions are exact
         asked = self.asked(layer.name)
         return self.chosen.get(term, asked) if asked == "auto" else asked

@@ -21,7 +21,7 @@ from kronewton.errors import (
     StateError,
     UnsupportedError,
 )
-from kronewton.layers import Found, Layer, find_layers
+from kronewton.layers import ENTRIES, Found, Layer, find_layers
 from kronewton.layers.base import at_least_float32
 from kronewton.options import (
     AUTO,
@@ -523,7 +523,7 @@ class KFAC(Optimizer):
             curved, why = id(p) in self._place, why or "no model was given"
             return Row(name, shape, "—", method, why, "—", 0, curved)
         unexplained = self._watcher.unexplained if self._watcher is not None else {}
-        why = unexplained.get(layers[0].name, why)
+        why = unexplained.get(layers[0].name, why) or self._unseen(layers)
         covers = [covered(layer, self._curvature, self.options.basis, why) for layer in layers]
         methods = dict.fromkeys(method for method, _, _ in covers)
         sharing = dict.fromkeys(sharing for _, sharing, _ in covers)
@@ -535,6 +535,15 @@ class KFAC(Optimizer):
             if p is next(iter(layer.whole().values()))
         )
         return Row(name, shape, kind, ", ".join(methods), why, ", ".join(sharing), own, True)
+
+    def _unseen(self, layers: Sequence[Layer]) -> str:
+        """Why nothing, or only its own gradient, is known of a layer of a known kind."""
+        found = [self._curvature.terms(layer.name) for layer in layers]
+        if not all(found):
+            return "no gradient has come from it so far" if self._steps else ""
+        if all(term.endswith(ENTRIES) for terms in found for term in terms):
+            return "no use of it as a matrix was seen"
+        return ""
 
     def diagnostics(self) -> dict[str, Tensor]:
         """What the last step did, as float64 scalars on the CPU."""

@@ -21,7 +21,7 @@ from kronewton.losses.generic import ends_in_an_error
 from kronewton.replay import Bridge, ModelCall, Path, Replayer
 
 FORWARD_MODE = ("forward AD", "forward mode AD", "forward-mode")  # in torch's errors about it
-ATTENTION = "scaled_dot_product"
+FUSED = ("scaled_dot_product", "embedding_bag")  # what has parts that can be differentiated
 Vector = Sequence[Tensor]  # one tensor for each trained parameter
 
 
@@ -297,7 +297,8 @@ class QuadraticModel:
         except (RuntimeError, NotImplementedError) as error:
             if not any(words in str(error) for words in FORWARD_MODE):
                 raise
-            if ATTENTION in str(error) and not self.replayer.unfused:
+            fused = any(words in str(error) for words in FUSED)
+            if fused and not self.replayer.unfused:
                 self.replayer.unfused = True
                 return self._forward(term, direction)
             self.replayer.without_forward_mode = str(error).split(".")[0]
