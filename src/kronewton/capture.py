@@ -40,6 +40,8 @@ from kronewton.types import Rows, Statistics
 
 CHUNK = 1 << 24  # numbers in the rows that are laid out at a time
 OWN_FUNCTIONS = (nn.MultiheadAttention,)  # modules that are seen from inside, wherever called from
+CHECKED = 3  # captures in which the criteria are compared with the whole loss
+SHARE = 0.02  # of the gradient in the model's outputs that may come from elsewhere
 STRAY_FORWARDS = 8  # forwards without a backward whose graphs are kept at most
 
 
@@ -78,6 +80,7 @@ class Part:
     forwards: frozenset[int] = frozenset()
     weight: Tensor | None = None  # (), None until a gradient has arrived
     statistics: dict[str, list[Statistics]] = field(default_factory=dict)
+    expected: dict[int, Tensor] = field(default_factory=dict)  # by output: gradient of the loss
     _at: OutputCurvature | None = None
 
     @property
@@ -113,6 +116,8 @@ class Watcher:
         self.replays = replays
         self.found, self.fisher, self.criteria = found, fisher, tuple(criteria)
         self.unexplained: dict[str, str] = {}  # layers whose rows do not give their gradient: why
+        self.partial = ""  # why the criteria are not the whole loss, once that has shown
+        self._to_check = CHECKED if criteria and not fisher.rides_along else 0
         self._verified: set[str] = set()
         self._inside = {id(m) for m in model.modules()} & {id(c) for c in criteria}
         self.layers: dict[int, list[Layer]] = {}  # by the module whose calls show them
@@ -163,10 +168,11 @@ class Watcher:
         self._arrivals: list[tuple[LayerCall, dict[int, Tensor]]] = []
         self._uses: list[tuple[int, Use]] = []
         self._inner_calls: dict[int, int] = {}  # of a criterion inside the model, in this forward
+        self._received: dict[int, Tensor] = {}  # gradients in the model's outputs, by their ids
 
     def discard(self) -> None:
         """Forget what was committed: its gradients are thrown away."""
-        self.parts, self._arrivals = [], []
+        self.parts, self._arrivals, self._received = [], [], {}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -192,6 +198,7 @@ class Watcher:
         for part in parts:
             for name, stats in part.statistics.items():
                 part.statistics[name] = joined(stats)
+        self._compare(parts)
         self._clear()
         return parts, len({part.key for part in parts}) < len(parts)
 
@@ -233,7 +240,45 @@ class Watcher:
         if self.replays:
             self._changing.compare(call.buffers)
         # Held, not weakly: of criterion(model(x).flatten(), y) only the view is alive.
-        self._outputs += [(self._forward, t, call, path) for path, t in leaves(result)]
+        outputs = list(leaves(result))
+        self._outputs += [(self._forward, t, call, path) for path, t in outputs]
+        for _, tensor in outputs if self._checking else ():
+            if tensor.requires_grad:
+                tensor.register_hook(_Received(self, id(tensor)))
+
+    @property
+    def _checking(self) -> bool:
+        return self.capturing and self._to_check > 0 and not self._inside
+
+    def _expect(self, part: Part, loss: Tensor) -> None:
+        """Note the criterion's own gradient in everything that the model has returned."""
+        outputs = [found[1] for found in self._outputs if found[1].requires_grad]
+        if outputs:
+            with self.paused():
+                found = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
+            pairs = zip(outputs, found, strict=True)
+            part.expected = {id(t): g.detach() for t, g in pairs if g is not None}
+
+    @torch.no_grad()
+    def _compare(self, parts: Sequence[Part]) -> None:
+        """Whether what arrived in the model's outputs is what the criteria gave."""
+        if not self._checking or not parts or any(part.call is None for part in parts):
+            return
+        self._to_check -= 1
+        rest = dict(self._received)
+        for part in parts:
+            for i, g in part.expected.items():
+                if part.weight is not None and i in rest:
+                    rest[i] = rest[i] - part.weight * g
+        left, whole = (_length(gradients) for gradients in (rest, self._received))
+        half = any(g.dtype not in (torch.float32, torch.float64) for g in rest.values())
+        if bool(left > (0.3 if half else SHARE) * whole):
+            self.partial = (
+                "the gradient in the model's outputs is not that of "
+                f"{' and '.join(type(c).__name__ for c in self.criteria)} alone: the loss has "
+                "terms that were not watched. Give KFAC all of its criteria, criterion=(first, "
+                "second), or one criterion that computes the whole loss"
+            )
 
     def _on_layer(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self.capturing or not self._watching():
@@ -317,6 +362,14 @@ class Watcher:
         part = self._new_part(criterion, output, targets)
         if part is not None:
             part.loss = loss.detach()
+            if self._checking:
+                self._expect(part, loss)
+            if any(isinstance(t, Tensor) and t.requires_grad for t in targets):
+                self.partial = (
+                    f"{type(criterion).__name__} is given a second argument that the model "
+                    "computes, and its Hessian is taken in the first one only. Let the model "
+                    "return one tensor that the criterion takes apart"
+                )
             loss.register_hook(_Commit(self, part))
 
     @torch.enable_grad()
@@ -648,6 +701,20 @@ class _Commit:
         watcher._commit(self._part, at_least_float32(weight))
 
 
+class _Received:
+    """On an output of the model: the gradient of the whole loss has arrived."""
+
+    def __init__(self, watcher: Watcher, i: int) -> None:
+        self._watcher, self._i = weakref.ref(watcher), i
+
+    def __call__(self, gradient: Tensor) -> None:
+        watcher = self._watcher()
+        if watcher is not None and not watcher._paused and not torch.is_grad_enabled():
+            known = watcher._received.get(self._i)
+            new = gradient.detach()
+            watcher._received[self._i] = new if known is None else known + new
+
+
 class _Arrival:
     """On a layer's output: a training gradient has arrived."""
 
@@ -744,6 +811,12 @@ def gradient_of(a: Rows, b: Tensor) -> Tensor:
         rows = a.dense(n, n + step).flatten(-3, -2)
         total += b[..., n : n + step, :, :].flatten(-3, -2).mT @ rows.to(b.dtype)
     return total
+
+
+def _length(gradients: Mapping[int, Tensor]) -> Tensor:
+    """The norm of several tensors together."""
+    squares = [g.double().square().sum() for g in gradients.values()]
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
 
 def _tolerance(layer: Layer, G: Tensor) -> float:

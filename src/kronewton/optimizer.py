@@ -227,6 +227,12 @@ class KFAC(Optimizer):
     def _step_covered(self, watcher: Watcher, planner: Planner) -> None:
         parts = self._required(watcher)
         self._require_curved(parts)
+        planner.partial = bool(watcher.partial)
+        if watcher.partial:
+            self._warn(
+                f"{watcher.partial}. Until then the curvature is that of the watched part, no "
+                "quadratic model is asked, and fixed rules choose what is automatic."
+            )
         planner.look_back(parts)
         seen = by_layer((part.statistics, part.weight) for part in parts)
         self._curvature.learn(seen, planner.decay())

@@ -160,7 +160,8 @@ def _whitening(S: Tensor, structure: Structure, name: str) -> Tensor:
             S = structure.marked(S, 1.0)
         L, info = torch.linalg.cholesky_ex(S + jitter * identity)
         if not bool(info.any()):
-            return torch.linalg.solve_triangular(L.mT, identity.expand_as(L), upper=True)
+            W: Tensor = torch.linalg.solve_triangular(L.mT, identity.expand_as(L), upper=True)
+            return W
     raise NotPositiveDefinite(
         f"the factors of the tied layer '{name}' could not be inverted even with {JITTERS[-1]:g} "
         "of their mean diagonal added; raise `damping`."

@@ -112,6 +112,7 @@ class Planner:
         self.outcome: tuple[float, float] | None = None  # loss after a step, and its change
         self.noise: float | None = None
         self.undone = self.broken = 0
+        self.partial = False  # the criteria are not the whole loss: no model of a part decides
         self._earlier: deque[list[Part]] = deque(maxlen=options.curvature_batches - 1)
         self.factor = 1.0  # of an automatic step, by the groups' lr; NaN: not the same for all
         self.lr = 0.0  # of the last step that the quadratic model planned
@@ -160,6 +161,7 @@ class Planner:
     def models(self, parts: Sequence[Part]) -> bool:
         """Whether these parts have a quadratic model, and something is to be chosen with it."""
         possible = self.options.uses_model and not self.replayer.without_products
+        possible = possible and not self.partial
         return possible and bool(parts) and all(map(_rerunnable, parts))
 
     def look_back(self, parts: Sequence[Part]) -> None:

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-
 Buffers = list[tuple[dict[str, Any], str, Tensor]]  # a module's table, a name there, its tensor
 
 
