@@ -61,9 +61,10 @@ class Replayer:
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
         self.model, self.originals = model, list(parameters)
         self.without_forward_mode = ""  # what torch said, where it has none for this model
-        self.unfused = False  # attention's fused kernels have no forward mode, and one derivative
+        self.unfused: set[str] = set()  # which of UNFUSED must do without their fused kernels
         self.without_products = ""  # likewise, where it cannot be differentiated twice either
         self._modules = list(model.modules())
+        self._recurrent = [m for m in self._modules if isinstance(m, nn.RNNBase)]
         self._buffers = [m._buffers for m in model.modules() if m._buffers]
         wanted = {id(p): i for i, p in enumerate(parameters)}
         tables: list[tuple[dict[str, Any], str, Any]] = [
@@ -84,8 +85,8 @@ class Replayer:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_kept_buffers(self._buffers))
             stack.enter_context(_random_state(call.random_state))
-            if self.unfused:
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            for words in self.unfused:
+                stack.enter_context(UNFUSED[words]())
             if call.training is not None and call.training != [m.training for m in self._modules]:
                 stack.enter_context(self._mode(call.training))
             if tensors is not None:
@@ -93,6 +94,12 @@ class Replayer:
             if path and isinstance(path[0], Inner):
                 return path[0].output(lambda: self.model(*call.args, **call.kwargs))
             return follow(self.model(*call.args, **call.kwargs), path)
+
+    def unfuse(self, error: str) -> bool:
+        """Do without the kernels that an error names; False if that was so, or it names none."""
+        named = {words for words in UNFUSED if words in error} - self.unfused
+        self.unfused |= named
+        return bool(named)
 
     @contextlib.contextmanager
     def _mode(self, training: Sequence[bool]) -> Iterator[None]:
@@ -112,10 +119,45 @@ class Replayer:
         try:
             for table, key, i in self.slots:
                 table[key] = tensors[i]
+            self._list_again()
             yield
         finally:
             for (table, key, _), parameter in zip(self.slots, kept, strict=True):
                 table[key] = parameter
+            self._list_again()
+
+    def _list_again(self) -> None:
+        """Let recurrent modules, which compute with a list of their own, see what they hold now."""
+        for m in self._recurrent:
+            held: list[Any] = [getattr(m, name, None) for name in m._flat_weights_names]
+            m._flat_weights = held
+
+
+def _plain_attention() -> contextlib.AbstractContextManager[None]:
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+@contextlib.contextmanager
+def _plain_recurrence() -> Iterator[None]:
+    # Not torch.backends' own contexts: those set precisions, too, and warn of them.
+    on_host, on_device = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(on_host)
+        torch._C._set_cudnn_enabled(on_device)
+
+
+# Fused kernels without forward mode and with one derivative only, by what torch's errors call
+# them, and how to run without them.
+UNFUSED: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
+    "scaled_dot_product": _plain_attention,
+    "mkldnn_rnn": _plain_recurrence,
+    "cudnn_rnn": _plain_recurrence,
+    "miopen_rnn": _plain_recurrence,
+}
 
 
 @contextlib.contextmanager
