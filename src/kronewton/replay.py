@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+LISTS = ("_flat_weights", "_flat_weight_refs")  # of a recurrent module
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Replayer:
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
         self.model, self.originals = model, list(parameters)
         self.without_forward_mode = ""  # what torch said, where it has none for this model
-        self.unfused: set[str] = set()  # which of UNFUSED must do without their fused kernels
+        self.unfused: set[str] = set()  # of UNFUSED, what this model must do without
         self.without_products = ""  # likewise, where it cannot be differentiated twice either
         self._modules = list(model.modules())
         self._recurrent = [m for m in self._modules if isinstance(m, nn.RNNBase)]
@@ -96,7 +99,7 @@ class Replayer:
             return follow(self.model(*call.args, **call.kwargs), path)
 
     def unfuse(self, error: str) -> bool:
-        """Do without the kernels that an error names; False if that was so, or it names none."""
+        """Do without the functions that an error names; False if it names none, or no new one."""
         named = {words for words in UNFUSED if words in error} - self.unfused
         self.unfused |= named
         return bool(named)
@@ -116,21 +119,17 @@ class Replayer:
     @contextlib.contextmanager
     def _swapped(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         kept = [table[key] for table, key, _ in self.slots]
+        # Recurrent modules list their weights anew when they find others, and may move them.
+        lists = [(vars(m), {k: vars(m)[k] for k in LISTS if k in vars(m)}) for m in self._recurrent]
         try:
             for table, key, i in self.slots:
                 table[key] = tensors[i]
-            self._list_again()
             yield
         finally:
             for (table, key, _), parameter in zip(self.slots, kept, strict=True):
                 table[key] = parameter
-            self._list_again()
-
-    def _list_again(self) -> None:
-        """Let recurrent modules, which compute with a list of their own, see what they hold now."""
-        for m in self._recurrent:
-            held: list[Any] = [getattr(m, name, None) for name in m._flat_weights_names]
-            m._flat_weights = held
+            for listed, held in lists:
+                listed.update(held)
 
 
 def _plain_attention() -> contextlib.AbstractContextManager[None]:
@@ -150,13 +149,33 @@ def _plain_recurrence() -> Iterator[None]:
         torch._C._set_cudnn_enabled(on_device)
 
 
-# Fused kernels without forward mode and with one derivative only, by what torch's errors call
-# them, and how to run without them.
+class _PlainPacking(TorchFunctionMode):
+    """Packing of padded sequences by an index."""
+
+    def __torch_function__(
+        self, func: Any, kinds: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch._VF._pack_padded_sequence:
+            return _packed(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def _packed(padded: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    """The rows of sequences, the longest first, by time step, and how many there are in each."""
+    x = padded.transpose(0, 1) if batch_first else padded
+    x = x[: int(lengths[0])]
+    there = lengths > torch.arange(len(x)).unsqueeze(1)  # (T, N)
+    return x[there.to(x.device)], there.sum(1)
+
+
+# Functions without forward mode, or with one derivative only, by what torch's errors call them,
+# and how to run without them.
 UNFUSED: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "scaled_dot_product": _plain_attention,
     "mkldnn_rnn": _plain_recurrence,
     "cudnn_rnn": _plain_recurrence,
     "miopen_rnn": _plain_recurrence,
+    "_pack_padded_sequence": _PlainPacking,
 }
 
 

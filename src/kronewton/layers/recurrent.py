@@ -155,7 +155,7 @@ class Full(Frame):
         self.N = self.x.shape[1]
 
     def enter(self) -> Tensor:
-        return kept(self.x)
+        return kept(self.x).contiguous()  # one product for all time steps, not one for each
 
     def leave(self, y: Tensor) -> Tensor:
         return y.transpose(0, 1) if self.first else y
@@ -294,6 +294,14 @@ def _lstm(z: Tensor, h: Tensor, c: Tensor | None, own: Weights, probe: Tensor | 
     return scan
 
 
+def _lstm_apart(z: Tensor, h: Tensor, c: Tensor | None, own: Weights, probe: Tensor | None) -> Scan:
+    """One step of an LSTM whose h does not lead back to its c."""
+    assert c is not None
+    i, f, g, o = torch.addmm(z[0], h, own.hh.t()).chunk(4, 1)
+    c = torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
+    return Scan([o.sigmoid() * c.detach().tanh()], [c], [])
+
+
 def _gru(z: Tensor, h: Tensor, c: Tensor | None, own: Weights, probe: Tensor | None) -> Scan:
     """h ← (1 − u)∘n + u∘h with n = tanh(z_n + r∘(W_hh h)_n); r, u are gates."""
     scan, across, H = Scan([], [], []), own.hh.t(), h.shape[1]
@@ -312,17 +320,31 @@ PASSES: dict[str, Pass] = {
     "RNN_TANH": partial(_simple, torch.tanh),
     "RNN_RELU": partial(_simple, torch.relu),
     "LSTM": _lstm,
+    "LSTM apart": _lstm_apart,
     "GRU": _gru,
 }
 
 
-def mode_of(module: nn.Module) -> str:
-    """Which of the passes a module makes."""
+def mode_of(module: nn.Module, call: Call) -> str:
+    """Which of the passes a module made in a call."""
     if isinstance(module, nn.RNNBase):
         return str(module.mode)
     if isinstance(module, nn.RNNCell):
         return f"RNN_{module.nonlinearity.upper()}"
-    return "LSTM" if isinstance(module, nn.LSTMCell) else "GRU"
+    if isinstance(module, nn.GRUCell):
+        return "GRU"
+    # Without a fused kernel h is made from the very tensor c that is returned, and what arrives in
+    # c has the part that comes by way of h in it already.
+    h, c = call.output
+    return "LSTM apart" if _made_from(h, c) else "LSTM"
+
+
+def _made_from(h: Tensor, c: Tensor) -> bool:
+    """Whether c is a step of the graph that leads to h, near its end."""
+    nodes = [h.grad_fn]
+    for _ in range(2):
+        nodes = [below for node in nodes if node for below, _ in node.next_functions]
+    return c.grad_fn is not None and c.grad_fn in nodes
 
 
 @dataclass(frozen=True, eq=False)
@@ -370,13 +392,15 @@ def rerun(module: nn.Module, frame: Frame, call: Call, wanted: set[tuple[str, st
     """Run a call again, and record the tape from the first of the wanted matrices on."""
     pending, ways = suffixes(module), 1 + bool(getattr(module, "bidirectional", False))
     y, strands, ends = frame.enter(), {}, []
+    mode = mode_of(module, call)
     states = _states(module, frame, call, y)
     for start in range(0, len(pending), ways):
         made = []
         for k, suffix in enumerate(pending[start : start + ways]):
             parts = {part for part, end in wanted if end == suffix}
             x = frame.reversed(y) if k else y
-            scan, strands[suffix] = _strand(module, suffix, x, next(states), parts, bool(k))
+            own = weights_of(module, suffix)
+            scan, strands[suffix] = _strand(mode, own, x, next(states), parts, bool(k))
             h = torch.stack(scan.h)
             made.append(frame.reversed(h) if k else h)
             ends.append([frame.last(s) for s in (scan.h, scan.c) if s])
@@ -396,21 +420,21 @@ def _states(
         widths = getattr(module, "proj_size", 0) or H, H
         given = [like.new_zeros(count, frame.N, width) for width in widths]
     states = [given] if isinstance(given, Tensor) else given
-    rows = [kept(s).reshape(count, frame.N, -1).unbind() for s in states]
-    return zip(rows[0], rows[1] if mode_of(module) == "LSTM" else [None] * count, strict=True)
+    h, *c = [kept(s).reshape(count, frame.N, -1).unbind() for s in states]
+    with_cells = isinstance(module, (nn.LSTM, nn.LSTMCell))
+    return zip(h, c[0] if with_cells else [None] * count, strict=True)
 
 
 def _strand(
-    module: nn.Module,
-    suffix: str,
+    mode: str,
+    own: Weights,
     x: Tensor,
     state: tuple[Tensor, Tensor | None],
     parts: set[str],
     reverse: bool,
 ) -> tuple[Scan, Strand]:
     """Run one level in one direction over x (T, N, d)."""
-    own, mode, (h, c) = weights_of(module, suffix), mode_of(module), state
-    shift = own.bias_ih
+    (h, c), shift = state, own.bias_ih
     if mode != "GRU" and shift is not None and own.bias_hh is not None:
         shift = shift + own.bias_hh
     z = F.linear(x, own.ih, shift)  # of all time steps at once
