@@ -22,8 +22,8 @@ from torch.nn.utils.rnn import (
 import kronewton as kn
 from kronewton.capture import gradient_of
 from kronewton.errors import KronewtonWarning
-from kronewton.layers import Call, Layer, Seen, find_layers
-from kronewton.layers.recurrent import frame_of, rerun, suffixes
+from kronewton.layers import Call, Layer, Seen, find_layers, recurrent
+from kronewton.layers.recurrent import Strand, frame_of, rerun, suffixes
 from kronewton.losses import curvature
 from kronewton.quadratic import QuadraticModel, Term
 from kronewton.replay import UNFUSED, ModelCall, Replayer, random_state
@@ -585,3 +585,43 @@ def test_packing_without_torchs_own_function_is_the_same(first):
     with UNFUSED["_pack_padded_sequence"]():
         found = pack_padded_sequence(x, lengths, first, enforce_sorted=False)
     assert all(a.equal(b) for a, b in zip(found, wanted, strict=True))
+
+
+# Planted mistakes.
+
+
+def explained(module: nn.Module, args: tuple[Any, ...]) -> float:
+    """How far gradients made from rows are from autograd's, at most."""
+    output = module(*args)
+    found, outputs = watched(module, args, output), outputs_of(output)
+    product = sum((torch.randn_like(t) * t).sum() for t in outputs)
+    edges = [get_gradient_edge(t) for t in outputs]
+    u = torch.autograd.grad(product, edges, retain_graph=True)
+    worst = 0.0
+    for layer, seen in found:
+        own = layer.parameters()
+        exact = torch.autograd.grad(product, list(own.values()), retain_graph=True)
+        G = layer.kind.matrix(layer, dict(zip(own, exact, strict=True)))
+        worst = max(worst, float((gradient_of(seen.a, seen.rows(u)) - G).norm() / G.norm()))
+    return worst
+
+
+def test_mutant_without_the_reset_gate_is_caught(monkeypatch):
+    module, args = nn.GRU(D, H), (torch.randn(T, N, D),)
+    assert explained(module, args) < 1e-12
+    monkeypatch.setattr(Strand, "output_rows", lambda self, part, gradient: gradient)
+    assert explained(module, args) > 1e-3
+
+
+def test_mutant_that_counts_the_way_from_h_to_c_twice_is_caught(monkeypatch):
+    module, args = nn.LSTMCell(D, H), (torch.randn(N, D),)
+    assert explained(module, args) < 1e-12
+    monkeypatch.setattr(recurrent, "_made_from", lambda h, c: False)
+    assert explained(module, args) > 1e-3
+
+
+def test_mutant_with_steps_in_the_wrong_order_is_caught(monkeypatch):
+    module, args = nn.LSTM(D, H, bidirectional=True), (torch.randn(T, N, D),)
+    assert explained(module, args) < 1e-12
+    monkeypatch.setattr(recurrent.Full, "reversed", lambda self, x: x)
+    assert explained(module, args) > 1e-3
