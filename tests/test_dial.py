@@ -339,17 +339,29 @@ def test_a_model_that_cannot_be_run_again_makes_k_facs_step_and_says_so():
 
 def test_a_model_without_a_layer_of_any_kind_says_so():
     with pytest.warns(KronewtonWarning, match="refine=2 was asked for, and no layer"):
-        optimizer = kn.KFAC(nn.PReLU(), nn.MSELoss(), refine=2)
+        optimizer = kn.KFAC(nn.PReLU(dtype=torch.cfloat), nn.MSELoss(), refine=2)
     assert optimizer.coverage().rows[0].method == "AdamW"
 
 
+class OwnScale(nn.Module):
+    """A parameter of its own, which training gradients tell nothing of, example by example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x
+
+
 def test_coverage_names_what_only_the_dial_reaches():
-    model = conv_net(nn.GroupNorm(1, 3))
-    methods = {r.parameter: r.method for r in kn.KFAC(model, CRITERION).coverage().rows}
-    assert methods["2.weight"] == "AdamW"
-    refined = kn.KFAC(model, CRITERION, refine=1, strict=True).coverage()
+    model = conv_net(OwnScale())
+    options = {"fisher": "empirical"}
+    methods = {r.parameter: r.method for r in kn.KFAC(model, CRITERION, **options).coverage().rows}
+    assert methods["2.scale"] == "AdamW"
+    refined = kn.KFAC(model, CRITERION, refine=1, strict=True, **options).coverage()
     methods = {r.parameter: r.method for r in refined.rows}
-    assert methods["2.weight"] == "refine alone"
+    assert methods["2.scale"] == "joins refine"
     assert methods["0.weight"] == "K-FAC factored"
     assert refined.covered == 1
 

@@ -107,7 +107,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(OptionError, match="criterion must be"):
         kn.explain(model, nn.functional.mse_loss, batch)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="no layer of PReLU is of a kind"):
-        kn.explain(nn.PReLU(), criterion, batch)
+        kn.explain(nn.PReLU(dtype=torch.cfloat), criterion, batch)
     with pytest.raises(CriterionError, match="shape"):
         kn.explain(model, criterion, (normal(4, 3), normal(4, 3)))
 

@@ -61,5 +61,5 @@ def test_the_lab_uses_public_names_and_nothing_imports_it() -> None:
 
 
 def test_imports_are_seen() -> None:
-    assert imported("factors") == {"linalg", "types"}
+    assert imported("factors") == {"linalg", "structure", "types"}
     assert {"capture", "replay"} <= imported("optimizer")

@@ -241,7 +241,7 @@ def test_after_the_start_every_layer_has_its_own_turn_once_a_period(layers, ever
 
 def test_mutant_swapped_factors_are_caught(monkeypatch):
     real = inverse.kronecker_apply
-    monkeypatch.setattr(inverse, "kronecker_apply", lambda B, A, G: real(A, B, G))
+    monkeypatch.setattr(inverse, "kronecker_apply", lambda B, A, G, sides: real(A, B, G))
     A, B, G = positive(3), positive(3), torch.randn(3, 3)
     dense = solved(torch.kron(B, A), G)
     found = factored_inverse(A, B, 0.0, "fc").apply(G, 0.0)

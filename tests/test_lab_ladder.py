@@ -77,7 +77,7 @@ def test_too_many_outputs_are_drawn_and_that_is_said() -> None:
 def test_a_model_without_a_covered_layer_is_a_sentence() -> None:
     run = begin("two-spirals")
     problem = run.problem
-    bare = Problem(nn.PReLU(), problem.criterion, problem.train, problem.test)
+    bare = Problem(nn.PReLU(dtype=torch.cfloat), problem.criterion, problem.train, problem.test)
     found = ladder.measure(run, bare, 0)
     assert found.explanation is None
     assert str(found).startswith("No ladder: no layer of PReLU is of a kind that K-FAC covers")

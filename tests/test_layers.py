@@ -234,7 +234,7 @@ def test_complex_parameters_are_refused():
 def test_a_model_that_is_a_layer_itself_is_covered():
     model = nn.Linear(3, 2)
     found = find_layers(model, ids(model))
-    assert [layer.name for layer in layers] == [""]
+    assert [layer.name for layer in found.layers] == [""]
 
 
 def test_parameters_are_looked_up_late():

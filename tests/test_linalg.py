@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kronewton import linalg
 from kronewton.errors import NotPositiveDefinite
-from kronewton.linalg import damped_inverse, kronecker_apply, second_moment, symmetric_eigen
+from kronewton.linalg import damped_inverse, second_moment, symmetric_eigen
+from kronewton.structure import kronecker_apply
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -65,7 +65,7 @@ def test_counts_are_whole_and_at_least_one(name, value):
     ("name", "allowed"),
     [
         ("fisher", "'sampled', 'exact', 'empirical'"),
-        ("sharing", "'expand', 'reduce', 'best'"),
+        ("sharing", "'auto', 'expand', 'reduce', 'best'"),
         ("basis", "'factored', 'eigen', 'corrected'"),
     ],
 )

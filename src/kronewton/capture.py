@@ -19,13 +19,23 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from kronewton.errors import CriterionError
+from kronewton.errors import CriterionError, UnsupportedError
 from kronewton.layers import ENTRIES, TURNED, Call, DenseRows, Found, Layer, Seen
 from kronewton.layers.base import at_least_float32
 from kronewton.layers.functional import matrices, sightings
 from kronewton.losses import OutputCurvature, check, check_values, curvature
 from kronewton.recording import Recorder, Use
-from kronewton.replay import Bridge, Inner, ModelCall, Path, leaves, random_state, versions
+from kronewton.replay import (
+    Bridge,
+    ChangingBuffers,
+    Inner,
+    ModelCall,
+    Path,
+    leaves,
+    random_state,
+    versions,
+)
+from kronewton.structure import DIAGONAL
 from kronewton.types import Rows, Statistics
 
 CHUNK = 1 << 24  # numbers in the rows that are laid out at a time
@@ -110,6 +120,7 @@ class Watcher:
             if layer.kind.hooked:
                 self.layers.setdefault(id(layer.module), []).append(layer)
         self._paused = False
+        self._changing = ChangingBuffers(model)
         self._recorder = Recorder(self._on_use)
         self._recording: list[bool] = []  # of the modules that are running: whether it was entered
         self._clear()
@@ -187,7 +198,10 @@ class Watcher:
     # The model and its layers.
 
     def _watching(self) -> bool:
-        return not self._paused and torch.is_grad_enabled()
+        if self._paused or not torch.is_grad_enabled():
+            return False
+        # Inside torch.func's transforms a call is a function's and not the training's.
+        return torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._watching():
@@ -203,7 +217,9 @@ class Watcher:
         self._inner_calls = {}
         state = random_state() if self.replays else (torch.empty(0), [])
         training = [m.training for m in model.modules()] if self.replays else None
-        self._open.append(ModelCall(args, kwargs, state, versions((args, kwargs)), training))
+        buffers = self._changing.kept() if self.replays else []
+        given_versions = versions((args, kwargs))
+        self._open.append(ModelCall(args, kwargs, state, given_versions, training, buffers))
         oldest = self._forward - STRAY_FORWARDS
         if self.calls and self.calls[0].forward <= oldest:
             self.calls = [call for call in self.calls if call.forward > oldest]
@@ -214,6 +230,8 @@ class Watcher:
         if not self._watching() or not self._open:
             return
         call = self._open.pop()
+        if self.replays:
+            self._changing.compare(call.buffers)
         # Held, not weakly: of criterion(model(x).flatten(), y) only the view is alive.
         self._outputs += [(self._forward, t, call, path) for path, t in leaves(result)]
 
@@ -370,12 +388,12 @@ class Watcher:
             weights = part.curvature().weights
         rows: list[list[Tensor | None]] = []
         with self.paused():  # checkpointed layers run again in here
-            for cotangent in self.fisher.cotangents(part.curvature()):
+            T = _folded(calls, output) if part.batched else 1
+            for cotangent in self.fisher.cotangents(part.curvature(), T):
                 u = cotangent.to(output.dtype)
                 if not wanted.sources:
                     return False
-                found = torch.autograd.grad(output, wanted.sources, u, True, allow_unused=True)
-                rows.append(list(found))
+                rows.append(_pulled(output, wanted.sources, u))
         return self._file(part, wanted, rows, weights)
 
     def _wanted(self, calls: Sequence[LayerCall]) -> Wanted:
@@ -412,7 +430,9 @@ class Watcher:
             for layer in (*wanted.alone, *wanted.new)
         }
         for layer in wanted.new:
-            self._verify(layer, reached, alone.pop(layer.name))
+            self._verify(layer, reached, alone[layer.name])
+            if layer.name not in self.unexplained:
+                alone.pop(layer.name)
         for name, G in alone.items():
             if all(g is not None for g in G):
                 self._file_entries(part, name, torch.stack([g for g in G if g is not None]))
@@ -438,13 +458,17 @@ class Watcher:
         if G is None or not bool(G.any()):
             return
         self._verified.add(layer.name)
-        made = torch.zeros_like(G)
+        made, size = torch.zeros_like(G), G.new_zeros(())
         for term, seen in reached.items():
             for call, b in seen:
                 if call.layer is layer:
-                    g = gradient_of(call.a, b.select(-4, 0))
+                    first = b.select(-4, 0)  # (…, N, S, d_out)
+                    g = gradient_of(call.a, first)
                     made += g.mT if term.endswith(TURNED) else g
-        if bool((made - G).norm() > _tolerance(layer, G) * G.norm()):
+                    squares = call.a.second_moment(None, DIAGONAL).sum()
+                    size += first.norm() * squares.sqrt()  # what may have cancelled
+        rounding = 100 * torch.finfo(G.dtype).eps * size
+        if bool((made - G).norm() > _tolerance(layer, G) * G.norm() + rounding):
             self.unexplained[layer.name] = (
                 "it is used in a way that cannot be watched, beside or instead of its module's call"
             )
@@ -454,7 +478,7 @@ class Watcher:
         """Gradients in a layer's own entries (V, …) as rows of one example."""
         b = G.flatten(1)[:, None, None, :]  # (V, 1, 1, numbers)
         ones = DenseRows(b.new_ones(1, 1, 1))
-        stats = Statistics(ones, b, b.new_ones(()), max(part.forwards, default=0))
+        stats = Statistics(ones, b, b.new_ones(()), 1, max(part.forwards, default=0))
         part.statistics[name + ENTRIES] = [stats]
 
     def _statistics(self, call: LayerCall, b: Tensor, weights: Tensor) -> Statistics:
@@ -462,9 +486,14 @@ class Watcher:
         w = row_weights(weights, N, S)
         if call.seen.present is not None:
             w = w.expand(N, S) * call.seen.present
-        elif S > 1 and not call.layer.kind.sums and b.dim() == 4 and b.device.type == "cpu":
+        elif (
+            S > 1
+            and not call.layer.kind.sums(call.layer)
+            and b.dim() == 4
+            and b.device.type == "cpu"
+        ):
             w = with_mask(w, (b != 0).any(-1).any(0))
-        return Statistics(call.a, b, w, call.forward)
+        return Statistics(call.a, b, w, weights.numel() // N if weights.dim() else 0, call.forward)
 
     # What arrives in the user's own backward pass.
 
@@ -542,11 +571,16 @@ class Fisher:
         """Whether the user's own backward pass brings the rows."""
         return self.mode == "empirical"
 
-    def cotangents(self, at: OutputCurvature) -> Iterator[Tensor]:
-        """Cotangents u at the criterion's input with Σ u u' = Λ, or its expectation."""
+    def cotangents(self, at: OutputCurvature, folded: int = 1) -> Iterator[Tensor]:
+        """Cotangents u at the criterion's input with Σ u u' = Λ, or its expectation.
+
+        folded: how many positions of an example stand one after the other in the output's first
+        dimension. Each has its own columns: what lies behind them may be shared.
+        """
         if self.mode == "exact":
             for column in at.columns():
-                yield self._signed(column)
+                for t in range(folded):
+                    yield self._signed(_every(column, t, folded))
             return
         for _ in range(self.draws):
             draw = at.draw(self.generator)
@@ -622,7 +656,8 @@ class _Arrival:
 
     def __call__(self, gradient: Tensor) -> None:
         watcher = self._watcher()
-        if watcher is not None and not watcher._paused:
+        # With grad mode on it is a derivative that the loss is made of, and not the loss's own.
+        if watcher is not None and not watcher._paused and not torch.is_grad_enabled():
             watcher._arrived(self._call, self._k, gradient.detach())
 
     def of_node(self, place: int) -> Callable[[tuple[Tensor, ...]], None]:
@@ -633,6 +668,36 @@ class _Arrival:
                 self(gradients[place])
 
         return hook
+
+
+def _folded(calls: Sequence[LayerCall], output: Tensor) -> int:
+    """How many positions of each of the layers' examples the output's first dimension holds."""
+    examples = {call.a.counts[0] for call in calls}
+    N = max(examples, default=0)
+    whole = output.dim() > 1 and N > 0 and len(output) % N == 0
+    return len(output) // N if whole else 1
+
+
+def _every(column: Tensor, t: int, folded: int) -> Tensor:
+    """The rows t, t + folded, t + 2·folded, … of a column, zero elsewhere."""
+    if folded == 1:
+        return column
+    found = torch.zeros_like(column)
+    found[t::folded] = column[t::folded]
+    return found
+
+
+def _pulled(output: Tensor, sources: Sequence[Any], u: Tensor) -> list[Tensor | None]:
+    try:
+        return list(torch.autograd.grad(output, list(sources), u, True, allow_unused=True))
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise UnsupportedError(
+            "a part of the model is checkpointed with use_reentrant=True, which torch can only "
+            "differentiate in one backward pass over everything. Give torch.utils.checkpoint "
+            "use_reentrant=False; or pass criterion=None, which takes the training gradients."
+        ) from error
 
 
 class Wanted:
@@ -749,7 +814,8 @@ def _joined(calls: list[Statistics]) -> Statistics:
     if any(s.weights.dim() for s in calls):
         weights = torch.cat([s.weights.expand(s.a.counts) for s in calls], 1)
     a = DenseRows(torch.cat([s.a.dense() for s in calls], -2))
-    return Statistics(a, torch.cat([s.b for s in calls], -2), weights, first.forward)
+    b = torch.cat([s.b for s in calls], -2)
+    return replace(first, a=a, b=b, weights=weights)
 
 
 def _arguments(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

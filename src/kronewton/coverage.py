@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from kronewton.curvature import Curvature
 from kronewton.layers import ENTRIES, Layer
+from kronewton.layers.lone import LoneKind
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,18 @@ class Coverage:
 def covered(layer: Layer, curvature: Curvature, basis: str, why: str) -> tuple[str, str, int]:
     """How a layer is covered: method, sharing, and the bytes of curvature that it keeps."""
     terms = curvature.terms(layer.name)
-    alone = terms == [layer.name + ENTRIES] or (not terms and bool(why))
+    lone = isinstance(layer.kind, LoneKind)
+    alone = terms == [layer.name + ENTRIES] or (not terms and lone)
     memory = curvature.memory(layer.name)
     if alone:
         return "diagonal", "—", memory
     sides = [curvature.sides(term) for term in terms or [layer.name] if not lazy(layer)]
+    if not terms and curvature.known:
+        return "not yet", "—", memory
     parts = ["sum of two K-FAC" if len(terms) == 2 else f"K-FAC {basis}"]
     parts += dict.fromkeys(s.described() for s in sides if s.described())
     sharing = dict.fromkeys(curvature.sharing(term) for term in terms or [layer.name])
-    return "; ".join(parts), "summed" if layer.kind.sums else ", ".join(sharing), memory
+    return "; ".join(parts), "summed" if layer.kind.sums(layer) else ", ".join(sharing), memory
 
 
 def lazy(layer: Layer) -> bool:

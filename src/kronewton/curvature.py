@@ -91,7 +91,7 @@ class Curvature:
     def sharing(self, term: str) -> str:
         """How one Kronecker product stands for several positions; "auto" until it is chosen."""
         layer = self.layers[layer_of(term)]
-        if layer.kind.sums or term.endswith(ENTRIES):
+        if layer.kind.sums(layer) or term.endswith(ENTRIES):
             return "reduce"  # a is 1: gradients summed over positions are exact
         asked = self.asked(layer.name)
         return self.chosen.get(term, asked) if asked == "auto" else asked
@@ -135,7 +135,8 @@ class Curvature:
 
     def _shared(self, term: str, seen: Sequence[Observation]) -> Sequence[Observation]:
         """The statistics as the term's sharing takes them."""
-        if self.sharing(term) == "auto":
+        several = any(stats.a.counts[1] > 1 for stats, _ in seen)
+        if several and self.sharing(term) == "auto":
             self.chosen[term] = nearer_sharing(seen)
         return all_reduced(seen) if self.sharing(term) == "reduce" else seen
 
@@ -272,9 +273,9 @@ class Curvature:
                 if moment is not None:
                     kept[f"{key}_total{how}"] = moment.total
                     kept[f"{key}_count{how}"] = moment.count
-            if name + how in self.chosen:
+            if factors and name + how in self.chosen:
                 reduced = self.chosen[name + how] == "reduce"
-                kept[f"reduced{how}"] = torch.tensor(reduced)
+                kept[f"reduced{how}"] = factors.A.count.new_tensor(float(reduced))
         if kept and name in self.inverses:
             kept.update({f"inverse_{k}": t for k, t in self.inverses[name].tensors().items()})
         return kept

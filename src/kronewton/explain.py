@@ -168,13 +168,13 @@ class _Bounded(Fisher):
     def __init__(self, fisher: Fisher) -> None:
         super().__init__(fisher.mode, fisher.draws, fisher.generator)
 
-    def cotangents(self, at: Any) -> Any:
+    def cotangents(self, at: Any, folded: int = 1) -> Any:
         if self.mode == "exact" and at.column_count > MOST_COLUMNS:
             raise OptionError(
                 f"the exact block takes {at.column_count} backward passes here, one for each "
                 f"output of an example; up to {MOST_COLUMNS} are made. Use fisher='sampled'."
             )
-        return super().cotangents(at)
+        return super().cotangents(at, folded)
 
 
 def _row(layer: Layer, term: str, seen: Sequence[Observation]) -> LayerRow:

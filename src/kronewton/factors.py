@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,51 +128,72 @@ def reduced(stats: Statistics) -> Statistics:
         return stats
     b = stats.b.sum(-2, keepdim=True)  # (…, V, N, 1, d_out)
     if stats.weights.dim() == 0:
-        return Statistics(stats.a.averaged(), b, stats.weights * S, stats.forward)
+        return replace(stats, a=stats.a.averaged(), b=b, weights=stats.weights * S)
     share = stats.weights.sum(1, keepdim=True)  # (N, 1)
     safe = torch.where(share > 0, share, torch.ones_like(share))
     a = stats.a.averaged(stats.weights / safe)  # (…, N, 1, d_in)
-    return Statistics(a, b, share, stats.forward)
+    return replace(stats, a=a, b=b, weights=share)
 
 
 def nearer_sharing(observations: Sequence[Observation]) -> str:
-    """ "expand" or "reduce", whichever is nearer to the exact block on a batch's first examples.
+    """ "expand" or "reduce", by what the batch shows.
 
-    The block is used through per-example gradients G only: ⟨H, B ⊗ A⟩ = Σ tr(G'B G A).
+    Where the loss has a term for each of several positions, expand: draws at different positions
+    are independent, so that their cross terms vanish in the mean, and a batch's own would mislead.
+    Where the same gradient comes back to all positions of an example they were pooled, and reduce
+    has its gradient exactly. Otherwise whichever is nearer to the exact block. Factors come from
+    some examples and the block from others: of the same ones, the factors with fewer rows would
+    always fit better. The block is used through per-example gradients: ⟨H, B ⊗ A⟩ = Σ tr(G'B G A).
     """
-    if all(stats.a.counts[1] == 1 for stats, _ in observations):
+    stats = observations[0][0]
+    if any(s.loss_positions != 1 for s, _ in observations):
         return "expand"
-    size = observations[0][0].a.width * observations[0][0].b.shape[-1]
+    if all(_same_everywhere(s.b) for s, _ in observations):
+        return "reduce"
+    size = stats.a.width * stats.b.shape[-1]
     if size > LARGEST_MEASURED:
         return "expand"
-    few = first_examples(observations, max(4, min(MEASURED, LARGEST_MEASURED // size)))
+    count = max(4, min(MEASURED, LARGEST_MEASURED // size))
+    left, right = _halves(observations, count)
     distances = []
-    for factors in (batch_factors(few), reduced_factors(few)):
+    for factors in (batch_factors(left), reduced_factors(left)):
         A, B = factors.A.mean, factors.B.mean
-        inner = sum(
+        inner = [
             torch.einsum("...poi,...poi->", B.unsqueeze(-3) @ G @ A.unsqueeze(-3), G)
-            for stats, part in few
-            for G in example_gradients(stats, part)
-        )
+            for seen, part in right
+            for G in example_gradients(seen, part)
+        ]
         own = (_norm(A).square() * _norm(B).square()).sum()
-        distances.append(own - 2 * inner)  # less what both have in common
+        distances.append(own - 2 * torch.stack(inner).sum())  # less what both have in common
     expand, reduce = torch.stack(distances).tolist()
     return "reduce" if reduce < expand else "expand"
 
 
-def first_examples(observations: Sequence[Observation], count: int) -> list[Observation]:
-    """The first so many examples of all parts of a batch together."""
-    found: list[Observation] = []
-    for stats, part in observations:
-        if count <= 0:
-            break
-        N, _ = stats.a.counts
-        taken = min(N, count)
-        weights = stats.weights if stats.weights.dim() == 0 else stats.weights[:taken]
-        a = stats.a.first(taken)
-        found.append((replace(stats, a=a, b=stats.b[..., :taken, :, :], weights=weights), part))
-        count -= taken
-    return found
+def _same_everywhere(b: Tensor) -> bool:
+    """Whether the rows b (…, N, S, d_out) of an example are the same, to rounding."""
+    spread = (b - b.mean(-2, keepdim=True)).norm()
+    return bool(spread <= 1e3 * torch.finfo(b.dtype).eps * b.norm())
+
+
+def _halves(
+    observations: Sequence[Observation], count: int
+) -> tuple[list[Observation], list[Observation]]:
+    """Every second of the first examples of a batch, and the others; one example is both."""
+    examples = [
+        (replace(stats, **_example(stats, n)), part)
+        for stats, part in observations
+        for n in range(min(count, stats.a.counts[0]))
+    ][:count]
+    return (examples, examples) if len(examples) == 1 else (examples[::2], examples[1::2])
+
+
+def _example(stats: Statistics, n: int) -> dict[str, Any]:
+    weights = stats.weights if stats.weights.dim() == 0 else stats.weights[n : n + 1]
+    return {
+        "a": stats.a.some(n, n + 1),
+        "b": stats.b[..., n : n + 1, :, :],
+        "weights": weights,
+    }
 
 
 def best_factors(

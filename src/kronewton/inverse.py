@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kronewton.structure import PLAIN, Sides
+from kronewton.structure import PLAIN, Sides, kronecker_apply
 
 
 class Inverse(ABC):
@@ -35,11 +35,7 @@ class FactoredInverse(Inverse):
     sides: Sides = PLAIN
 
     def apply(self, G: Tensor, damping: float) -> Tensor:
-        on_input, on_output = self.sides
-        # The thinner product first: it is the cheaper order and the same number.
-        if G.shape[-2] <= G.shape[-1]:
-            return on_input.right(on_output.left(self.B_inverse, G), self.A_inverse)
-        return on_output.left(self.B_inverse, on_input.right(G, self.A_inverse))
+        return kronecker_apply(self.B_inverse, self.A_inverse, G, self.sides)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"A_inverse": self.A_inverse, "B_inverse": self.B_inverse}

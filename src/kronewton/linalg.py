@@ -17,14 +17,6 @@ def second_moment(rows: Tensor, weights: Tensor | None = None) -> Tensor:
     return rows.mT @ (rows * weights.unsqueeze(-1))
 
 
-def kronecker_apply(B: Tensor, A: Tensor, G: Tensor) -> Tensor:
-    """(B ⊗ A) vec(G) as a matrix, for symmetric A (…, d_in, d_in): B G A."""
-    # The thinner product first: it is the cheaper order and the same number.
-    if G.shape[-2] <= G.shape[-1]:
-        return (B @ G) @ A
-    return B @ (G @ A)
-
-
 def damped_inverse(matrix: Tensor, damping: Tensor | float, name: str) -> Tensor:
     """Inverse of matrix + damping·I for positive semi-definite matrices (…, d, d), damping (…).
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from kronewton.capture import Fisher, Part, Watcher
 from kronewton.coverage import Coverage, Row, covered, shape_of
-from kronewton.curvature import Curvature, by_layer, due, due_in_turn
+from kronewton.curvature import Curvature, by_layer, due, due_in_turn, layer_of
 from kronewton.errors import (
     CriterionError,
     KronewtonWarning,
@@ -21,7 +21,7 @@ from kronewton.errors import (
     StateError,
     UnsupportedError,
 )
-from kronewton.layers import Found, Layer, find_layers
+from kronewton.layers import ENTRIES, Found, Layer, find_layers
 from kronewton.layers.base import at_least_float32
 from kronewton.options import (
     AUTO,
@@ -231,7 +231,7 @@ class KFAC(Optimizer):
         seen = by_layer((part.statistics, part.weight) for part in parts)
         self._curvature.learn(seen, planner.decay())
         if watcher.capturing:
-            self._warn_of_uncalled(watcher)
+            self._warn_of_uncalled(watcher, {layer_of(term) for term in seen})
         self._require_own_parameters()
         gradient = flattened([_gradient(p) for p in self._parameters])
         planner.factor = self._common_factor()
@@ -340,7 +340,7 @@ class KFAC(Optimizer):
                 "the criterion takes, and keep the batch until the step is made."
             )
 
-    def _warn_of_uncalled(self, watcher: Watcher) -> None:
+    def _warn_of_uncalled(self, watcher: Watcher, seen: Collection[str]) -> None:
         """Say which layers have a gradient and no curvature, for their step is plain descent."""
         for name, why in watcher.unexplained.items():
             self._warn(
@@ -349,7 +349,7 @@ class KFAC(Optimizer):
             )
         for layer in self._layers:
             moving = any(p.grad is not None for p in layer.whole().values())
-            if moving and not self._curvature.terms(layer.name):
+            if moving and layer.name not in seen and not self._curvature.terms(layer.name):
                 self._warn(
                     f"layer '{layer.name}' has a gradient, but nothing in the loss that was "
                     "watched depends on it in a way that can be seen: until it does, its step is "
@@ -523,7 +523,7 @@ class KFAC(Optimizer):
             curved, why = id(p) in self._place, why or "no model was given"
             return Row(name, shape, "—", method, why, "—", 0, curved)
         unexplained = self._watcher.unexplained if self._watcher is not None else {}
-        why = unexplained.get(layers[0].name, why)
+        why = unexplained.get(layers[0].name, why) or self._unseen(layers)
         covers = [covered(layer, self._curvature, self.options.basis, why) for layer in layers]
         methods = dict.fromkeys(method for method, _, _ in covers)
         sharing = dict.fromkeys(sharing for _, sharing, _ in covers)
@@ -535,6 +535,15 @@ class KFAC(Optimizer):
             if p is next(iter(layer.whole().values()))
         )
         return Row(name, shape, kind, ", ".join(methods), why, ", ".join(sharing), own, True)
+
+    def _unseen(self, layers: Sequence[Layer]) -> str:
+        """Why nothing, or only its own gradient, is known of a layer of a known kind."""
+        found = [self._curvature.terms(layer.name) for layer in layers]
+        if not all(found):
+            return "no gradient has come from it so far" if self._steps else ""
+        if all(term.endswith(ENTRIES) for terms in found for term in terms):
+            return "no use of it as a matrix was seen"
+        return ""
 
     def diagnostics(self) -> dict[str, Tensor]:
         """What the last step did, as float64 scalars on the CPU."""

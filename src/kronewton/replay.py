@@ -8,15 +8,85 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 LISTS = ("_flat_weights", "_flat_weight_refs")  # of a recurrent module
+Buffers = list[tuple[dict[str, Any], str, Tensor]]  # a module's table, a name there, its tensor
+
+
+class ChangingBuffers:
+    """The buffers that a forward of the model changes, as they were before it.
+
+    A power iteration or a running statistic starts from what the buffer was: a rerun that started
+    from what it is now would be another function. Which ones change shows at the first forward.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._all = [(m._buffers, k) for m in model.modules() for k in m._buffers]
+        self._changing: list[tuple[dict[str, Any], str]] | None = None
+
+    def kept(self) -> Buffers:
+        """Copies of those that change, of all before the first forward."""
+        watched = self._all if self._changing is None else self._changing
+        held = [(table, key, table.get(key)) for table, key in watched]
+        return [(table, key, t.clone()) for table, key, t in held if isinstance(t, Tensor)]
+
+    def compare(self, before: Buffers) -> None:
+        """After the first forward: which ones are not as they were."""
+        if self._changing is None:
+            self._changing = [
+                (table, key)
+                for table, key, t in before
+                if not isinstance(table.get(key), Tensor) or not torch.equal(t, table[key])
+            ]
+
+
+def _bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """`F.embedding_bag` by `F.embedding`: its arguments, and its value."""
+    if input.dim() == 1:
+        assert offsets is not None
+        starts = offsets[:-1] if include_last_offset else offsets
+        bag = torch.searchsorted(starts, torch.arange(len(input)).to(starts), right=True) - 1
+        bags = len(starts)
+    else:
+        bags, width = input.shape
+        bag = torch.arange(bags, device=input.device).repeat_interleave(width)
+    tokens = input.reshape(-1)
+    rows = F.embedding(tokens, weight)
+    here = torch.ones_like(tokens, dtype=rows.dtype)
+    if padding_idx is not None:
+        here = here * (tokens != padding_idx)
+    if mode == "max":
+        low = rows.masked_fill(here.unsqueeze(1) == 0, -torch.inf)
+        index = bag.unsqueeze(1).expand_as(low)
+        found = low.new_zeros(bags, low.shape[1])
+        return found.scatter_reduce(0, index, low, "amax", include_self=False).nan_to_num(neginf=0)
+    share = here if per_sample_weights is None else here * per_sample_weights.reshape(-1)
+    total = rows.new_zeros(bags, rows.shape[1]).index_add(0, bag, rows * share.unsqueeze(1))
+    if mode == "sum":
+        return total
+    counts = here.new_zeros(bags).index_add(0, bag, here).clamp_min(1)
+    return total / counts.unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -28,6 +98,7 @@ class ModelCall:
     random_state: tuple[Tensor, list[Tensor]]
     versions: list[int] | None = None  # of the arguments, None: not to be checked
     training: list[bool] | None = None  # of every module, None: as it is now
+    buffers: Buffers = field(default_factory=list)  # that the call itself changed, as before it
 
     def intact(self) -> bool:
         """Whether the arguments still hold the batch: a loop may load the next one into them."""
@@ -87,6 +158,8 @@ class Replayer:
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(_kept_buffers(self._buffers))
+            for table, key, before in call.buffers:
+                table[key] = before.clone()
             stack.enter_context(_random_state(call.random_state))
             for words in self.unfused:
                 stack.enter_context(UNFUSED[words]())
@@ -149,23 +222,26 @@ def _plain_recurrence() -> Iterator[None]:
         torch._C._set_cudnn_enabled(on_device)
 
 
-class _PlainPacking(TorchFunctionMode):
-    """Packing of padded sequences by an index."""
-
-    def __torch_function__(
-        self, func: Any, kinds: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch._VF._pack_padded_sequence:
-            return _packed(*args)
-        return func(*args, **(kwargs or {}))
-
-
 def _packed(padded: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
     """The rows of sequences, the longest first, by time step, and how many there are in each."""
     x = padded.transpose(0, 1) if batch_first else padded
     x = x[: int(lengths[0])]
     there = lengths > torch.arange(len(x)).unsqueeze(1)  # (T, N)
     return x[there.to(x.device)], there.sum(1)
+
+
+class _Replaced(TorchFunctionMode):
+    """Inside, another function is called in the place of one of torch's."""
+
+    def __init__(self, function: Callable[..., Any], by: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function, self.by = function, by
+
+    def __torch_function__(
+        self, func: Any, kinds: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        chosen = self.by if func is self.function else func
+        return chosen(*args, **(kwargs or {}))
 
 
 # Functions without forward mode, or with one derivative only, by what torch's errors call them,
@@ -175,7 +251,8 @@ UNFUSED: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "mkldnn_rnn": _plain_recurrence,
     "cudnn_rnn": _plain_recurrence,
     "miopen_rnn": _plain_recurrence,
-    "_pack_padded_sequence": _PlainPacking,
+    "embedding_bag": partial(_Replaced, F.embedding_bag, _bag),
+    "_pack_padded_sequence": partial(_Replaced, torch._VF._pack_padded_sequence, _packed),
 }
 
 

@@ -213,11 +213,13 @@ class Blocks(Structure):
 
     def second_moment(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         cut = self._cut(rows.mT)  # (…, k, size, n)
-        return cut @ (cut if weights is None else cut * weights).mT
+        moment: Tensor = cut @ (cut if weights is None else cut * weights).mT
+        return moment
 
     def of_dense(self, matrix: Tensor) -> Tensor:
         padded: Tensor = torch.nn.functional.pad(matrix, (0, self.padding, 0, self.padding))
-        cut = padded.unflatten(-1, (self.count, self.size)).unflatten(-3, (self.count, self.size))
+        both = (self.count, self.size)
+        cut: Tensor = padded.unflatten(-1, both).unflatten(-3, both)
         return cut.diagonal(dim1=-4, dim2=-2).movedim(-1, -3).contiguous()
 
     def dense(self, M: Tensor) -> Tensor:
@@ -289,6 +291,14 @@ class Sides(NamedTuple):
 
 
 PLAIN = Sides()
+
+
+def kronecker_apply(B: Tensor, A: Tensor, G: Tensor, sides: Sides = PLAIN) -> Tensor:
+    """(B ⊗ A) vec(G) as a matrix, for symmetric A (…, d_in, d_in): B G A."""
+    # The thinner product first: it is the cheaper order and the same number.
+    if G.shape[-2] <= G.shape[-1]:
+        return sides.input.right(sides.output.left(B, G), A)
+    return sides.output.left(B, sides.input.right(G, A))
 
 
 def side_of(d: int, other: int, largest: int) -> Structure:

@@ -55,8 +55,8 @@ class Rows(ABC):
         """d_in."""
 
     @abstractmethod
-    def first(self, count: int) -> Rows:
-        """The rows of the first so many examples."""
+    def some(self, start: int, stop: int) -> Rows:
+        """The rows of some examples."""
 
     @abstractmethod
     def averaged(self, shares: Tensor | None = None) -> Rows:
@@ -70,4 +70,5 @@ class Statistics:
     a: Rows  # (…, N, S, d_in)
     b: Tensor  # (…, V, N, S, d_out), scaled so that the sum of all outer products estimates B
     weights: Tensor  # (N, S) weight of each row in the loss, or (): the same for all rows
+    loss_positions: int = 0  # of an example in the criterion; 0: not known
     forward: int = 0  # of the model; a layer's calls within one are positions of the same examples

@@ -53,7 +53,8 @@ __all__ = [
 
 def kind_of(module: nn.Module) -> Kind | None:
     """The kind of the nearest class in the module's ancestry, or None."""
-    return next((KINDS[base] for base in type(module).__mro__ if base in KINDS), None)
+    own = getattr(module, "cls_to_become", None) or type(module)  # a lazy module is not itself yet
+    return next((KINDS[base] for base in own.__mro__ if base in KINDS), None)
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,11 @@ def _settled(candidates: Sequence[Layer]) -> tuple[list[Layer], list[Layer], set
 def _divided(layer: Layer, n: int, users: Mapping[int, set[int]]) -> list[Layer]:
     """A layer whose parameters are shared by different modules, in one for each parameter."""
     whole = layer.whole()
-    if len({frozenset(users[id(p)]) for p in whole.values()}) < 2 or layer.kind.sums or layer.parts:
+    if (
+        len({frozenset(users[id(p)]) for p in whole.values()}) < 2
+        or layer.kind.sums(layer)
+        or layer.parts
+    ):
         return [layer]
     return [
         replace(

@@ -50,7 +50,6 @@ class Kind(ABC):
     name: str
     weight = "weight"  # the parameter whose tying is understood
     hooked = True  # whether a call of the module shows them
-    sums = False  # whether a is 1 and gradients can be summed over positions, which is exact
 
     def layers(self, name: str, module: nn.Module, own: Sequence[str]) -> list[Layer]:
         """The layers that a module is, of those of its parameters that are trained."""
@@ -76,6 +75,10 @@ class Kind(ABC):
             return self.output_rows(layer, at_least_float32(u))
 
         return Seen(a, (output,), rows, batched=output.dim() > self.example_dims(layer))
+
+    def sums(self, layer: Layer) -> bool:
+        """Whether a is 1, so that gradients can be summed over positions, which is exact."""
+        return False
 
     def example_dims(self, layer: Layer) -> int:
         """How many dimensions the layer's output has for one example."""
@@ -167,8 +170,8 @@ class DenseRows(Rows):
         flat = None if weights is None else weights.reshape(-1)
         return structure.second_moment(self.rows.flatten(-3, -2), flat)
 
-    def first(self, count: int) -> Rows:
-        return DenseRows(self.rows[..., :count, :, :])
+    def some(self, start: int, stop: int) -> Rows:
+        return DenseRows(self.rows[..., start:stop, :, :])
 
     def averaged(self, shares: Tensor | None = None) -> Rows:
         if shares is None:

@@ -210,8 +210,8 @@ class Windows(Rows):
             moment[:, :d, d] = moment[:, d, :d]
         return _without_one(_channels_first(moment, C, kernel))
 
-    def first(self, count: int) -> Rows:
-        return Windows(self.prepared[:count], self.cut, self.groups, self.bias)
+    def some(self, start: int, stop: int) -> Rows:
+        return Windows(self.prepared[start:stop], self.cut, self.groups, self.bias)
 
     def averaged(self, shares: Tensor | None = None) -> Rows:
         if shares is None:

@@ -24,7 +24,6 @@ class PReLUKind(Kind):
     """The slopes as one column: A = [1], b an example's own gradient. Exact for any batch."""
 
     name = "PReLU"
-    sums = True
 
     def see(self, layer: Layer, call: Call) -> Seen | None:
         output = call.output
@@ -45,6 +44,9 @@ class PReLUKind(Kind):
             return moved.flatten(2).sum(2).unsqueeze(1) if moved.dim() > 2 else moved.unsqueeze(1)
 
         return Seen(ones_like_examples(len(below), below), (output,), rows, batched=batched)
+
+    def sums(self, layer: Layer) -> bool:
+        return True
 
     def matrix(self, layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
         return as_column(tensors)

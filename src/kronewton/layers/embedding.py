@@ -79,8 +79,8 @@ class TokenRows(Rows):
         once, place = index.unique(return_inverse=True)
         return once, shares.new_zeros(len(once)).index_add_(0, place, shares)
 
-    def first(self, count: int) -> Rows:
-        return TokenRows(self.tokens[:count], self.shares[:count], self.size)
+    def some(self, start: int, stop: int) -> Rows:
+        return TokenRows(self.tokens[start:stop], self.shares[start:stop], self.size)
 
     def averaged(self, shares: Tensor | None = None) -> Rows:
         N, S = self.counts
@@ -130,16 +130,16 @@ def token_sight(given: Tensor, output: Tensor, size: int, padding: int | None) -
     """What a look-up of tokens (N, *positions) in a table shows."""
     N = len(given) if given.dim() else 1
     tokens = given.detach().reshape(N, -1, 1).long().clone()
-    present = None if padding is None else (tokens != padding).squeeze(-1)
-    ones = at_least_float32(output.detach()).new_ones(tokens.shape)
+    shares = at_least_float32(output.detach()).new_ones(tokens.shape)
+    if padding is not None:  # a row of zeros: the padding's vector is no function of the table
+        shares = shares * (tokens != padding)
 
     def rows(gradients: Sequence[Tensor | None]) -> Tensor:
         (u,) = gradients
         assert u is not None
-        b = rows_of(at_least_float32(u).reshape(*tokens.shape[:2], -1))
-        return b if present is None else b * present.unsqueeze(-1)
+        return at_least_float32(u).reshape(*tokens.shape[:2], -1)
 
-    return Seen(TokenRows(tokens, ones, size), (output,), rows, present, batched=given.dim() > 0)
+    return Seen(TokenRows(tokens, shares, size), (output,), rows, batched=given.dim() > 0)
 
 
 class BagKind(TableKind):

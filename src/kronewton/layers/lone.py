@@ -20,7 +20,9 @@ class LoneKind(Kind):
 
     name = "parameter"
     hooked = False
-    sums = True
+
+    def sums(self, layer: Layer) -> bool:
+        return layer.parameters()[layer.trained[0]].dim() != 2
 
     def matrix(self, layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
         (tensor,) = tensors.values()

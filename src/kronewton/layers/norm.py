@@ -36,7 +36,6 @@ class NormKind(Kind):
     """Scale and shift as one column: (numbers, 1)."""
 
     name = "norm"
-    sums = True
 
     def see(self, layer: Layer, call: Call) -> Seen | None:
         output = call.output
@@ -56,6 +55,9 @@ class NormKind(Kind):
             return torch.cat(parts, 1).unsqueeze(1)  # (N, 1, numbers)
 
         return Seen(ones_like_examples(len(x), x), (output,), rows, batched=batched)
+
+    def sums(self, layer: Layer) -> bool:
+        return True
 
     def matrix(self, layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
         return as_column(tensors)
