@@ -21,7 +21,6 @@ from kronewton.losses.generic import ends_in_an_error
 from kronewton.replay import Bridge, ModelCall, Path, Replayer
 
 FORWARD_MODE = ("forward AD", "forward mode AD", "forward-mode")  # in torch's errors about it
-FUSED = ("scaled_dot_product", "embedding_bag")  # what has parts that can be differentiated
 Vector = Sequence[Tensor]  # one tensor for each trained parameter
 
 
@@ -297,9 +296,7 @@ class QuadraticModel:
         except (RuntimeError, NotImplementedError) as error:
             if not any(words in str(error) for words in FORWARD_MODE):
                 raise
-            fused = any(words in str(error) for words in FUSED)
-            if fused and not self.replayer.unfused:
-                self.replayer.unfused = True
+            if self.replayer.unfuse(str(error)):
                 return self._forward(term, direction)
             self.replayer.without_forward_mode = str(error).split(".")[0]
         return self._double_backward(term, direction)
@@ -319,6 +316,8 @@ class QuadraticModel:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as error:
+            if self.replayer.unfuse(str(error)):
+                return self._double_backward(term, direction)
             self.replayer.without_products = str(error).split(".")[0]
             raise MissingProducts(self.replayer.without_products) from error
 

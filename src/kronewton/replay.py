@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+LISTS = ("_flat_weights", "_flat_weight_refs")  # of a recurrent module
 Buffers = list[tuple[dict[str, Any], str, Tensor]]  # a module's table, a name there, its tensor
 
 
@@ -45,17 +47,6 @@ class ChangingBuffers:
                 for table, key, t in before
                 if not isinstance(table.get(key), Tensor) or not torch.equal(t, table[key])
             ]
-
-
-class Unfused(TorchFunctionMode):
-    """Inside, a bag of embeddings is a look-up and a sum, which torch can differentiate twice."""
-
-    def __torch_function__(
-        self, func: Any, kinds: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.embedding_bag:
-            return _bag(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
 
 
 def _bag(
@@ -144,9 +135,10 @@ class Replayer:
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
         self.model, self.originals = model, list(parameters)
         self.without_forward_mode = ""  # what torch said, where it has none for this model
-        self.unfused = False  # attention's fused kernels have no forward mode, and one derivative
+        self.unfused: set[str] = set()  # of UNFUSED, what this model must do without
         self.without_products = ""  # likewise, where it cannot be differentiated twice either
         self._modules = list(model.modules())
+        self._recurrent = [m for m in self._modules if isinstance(m, nn.RNNBase)]
         self._buffers = [m._buffers for m in model.modules() if m._buffers]
         wanted = {id(p): i for i, p in enumerate(parameters)}
         tables: list[tuple[dict[str, Any], str, Any]] = [
@@ -169,9 +161,8 @@ class Replayer:
             for table, key, before in call.buffers:
                 table[key] = before.clone()
             stack.enter_context(_random_state(call.random_state))
-            if self.unfused:
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-                stack.enter_context(Unfused())
+            for words in self.unfused:
+                stack.enter_context(UNFUSED[words]())
             if call.training is not None and call.training != [m.training for m in self._modules]:
                 stack.enter_context(self._mode(call.training))
             if tensors is not None:
@@ -179,6 +170,12 @@ class Replayer:
             if path and isinstance(path[0], Inner):
                 return path[0].output(lambda: self.model(*call.args, **call.kwargs))
             return follow(self.model(*call.args, **call.kwargs), path)
+
+    def unfuse(self, error: str) -> bool:
+        """Do without the functions that an error names; False if it names none, or no new one."""
+        named = {words for words in UNFUSED if words in error} - self.unfused
+        self.unfused |= named
+        return bool(named)
 
     @contextlib.contextmanager
     def _mode(self, training: Sequence[bool]) -> Iterator[None]:
@@ -195,6 +192,8 @@ class Replayer:
     @contextlib.contextmanager
     def _swapped(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         kept = [table[key] for table, key, _ in self.slots]
+        # Recurrent modules list their weights anew when they find others, and may move them.
+        lists = [(vars(m), {k: vars(m)[k] for k in LISTS if k in vars(m)}) for m in self._recurrent]
         try:
             for table, key, i in self.slots:
                 table[key] = tensors[i]
@@ -202,6 +201,59 @@ class Replayer:
         finally:
             for (table, key, _), parameter in zip(self.slots, kept, strict=True):
                 table[key] = parameter
+            for listed, held in lists:
+                listed.update(held)
+
+
+def _plain_attention() -> contextlib.AbstractContextManager[None]:
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+@contextlib.contextmanager
+def _plain_recurrence() -> Iterator[None]:
+    # Not torch.backends' own contexts: those set precisions, too, and warn of them.
+    on_host, on_device = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(on_host)
+        torch._C._set_cudnn_enabled(on_device)
+
+
+def _packed(padded: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    """The rows of sequences, the longest first, by time step, and how many there are in each."""
+    x = padded.transpose(0, 1) if batch_first else padded
+    x = x[: int(lengths[0])]
+    there = lengths > torch.arange(len(x)).unsqueeze(1)  # (T, N)
+    return x[there.to(x.device)], there.sum(1)
+
+
+class _Replaced(TorchFunctionMode):
+    """Inside, another function is called in the place of one of torch's."""
+
+    def __init__(self, function: Callable[..., Any], by: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function, self.by = function, by
+
+    def __torch_function__(
+        self, func: Any, kinds: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        chosen = self.by if func is self.function else func
+        return chosen(*args, **(kwargs or {}))
+
+
+# Functions without forward mode, or with one derivative only, by what torch's errors call them,
+# and how to run without them.
+UNFUSED: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
+    "scaled_dot_product": _plain_attention,
+    "mkldnn_rnn": _plain_recurrence,
+    "cudnn_rnn": _plain_recurrence,
+    "miopen_rnn": _plain_recurrence,
+    "embedding_bag": partial(_Replaced, F.embedding_bag, _bag),
+    "_pack_padded_sequence": partial(_Replaced, torch._VF._pack_padded_sequence, _packed),
+}
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from kronewton.layers.embedding import BagKind, EmbeddingKind
 from kronewton.layers.linear import LinearKind
 from kronewton.layers.lone import LoneKind
 from kronewton.layers.norm import NORMS, NormKind
+from kronewton.layers.recurrent import RECURRENT, RecurrentKind
 
 KINDS: dict[type[nn.Module], Kind] = {
     nn.Linear: LinearKind(),
@@ -30,6 +31,7 @@ KINDS: dict[type[nn.Module], Kind] = {
     nn.EmbeddingBag: BagKind(),
     nn.MultiheadAttention: AttentionKind(),
     nn.PReLU: PReLUKind(),
+    **dict.fromkeys(RECURRENT, RecurrentKind()),
 }
 LONE = LoneKind()
 MATRICES = (LinearKind, EmbeddingKind)  # whose weight may be another one's transposed
