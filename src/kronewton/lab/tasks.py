@@ -36,6 +36,7 @@ class Task:
     """A problem to build, and how long it is worth training.
 
     batch_size None means the whole training set in every step. target is in the task's unit.
+    explained: of how many examples `explain` draws its ladder, where a batch would take minutes.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Task:
     metric: Metric | None = None
     scale: float = 1.0
     unit: str = "loss"
+    explained: int | None = None
 
     def described(self) -> str:
         """The task in one line."""
@@ -204,6 +206,7 @@ _ALL = (
         batch_size=128,
         unit="cross-entropy",
         metric=Metric("accuracy", _accuracy),
+        explained=16,
     ),
     Task(
         "digits-unet",
@@ -214,6 +217,7 @@ _ALL = (
         batch_size=128,
         scale=64.0,
         unit="squared error per image",
+        explained=16,
     ),
     Task(
         "char-gpt",
@@ -224,6 +228,7 @@ _ALL = (
         batch_size=32,
         unit="cross-entropy per character",
         metric=Metric("accuracy", _accuracy),
+        explained=1,
     ),
     Task(
         "char-lstm",

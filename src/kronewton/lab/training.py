@@ -169,7 +169,7 @@ def _record(run: Run, step: int, seconds: float, loss: float, due: bool) -> Reco
         return Record(step, seconds, shown, settings, diverged=True)
     if not due:
         return Record(step, seconds, shown, settings)
-    train_loss, _ = evaluate(run, run.problem.train_measured())
+    train_loss, _ = evaluate(run, _measured(run.problem))
     test_loss, metric = evaluate(run, run.problem.test)
     return Record(
         step,
@@ -181,6 +181,10 @@ def _record(run: Run, step: int, seconds: float, loss: float, due: bool) -> Reco
         metric=metric,
         diverged=not math.isfinite(train_loss),
     )
+
+
+def _measured(problem: Problem) -> Examples:
+    return problem.train if problem.measured is None else problem.measured
 
 
 def _settings(optimizer: Optimizer) -> dict[str, float]:
