@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kronewton.lab.contest import Board, Plan, best_setting, final_loss, first_below
-from kronewton.lab.rivals import KFAC, Rival, describe
+from kronewton.lab.rivals import KFAC, Rival, describe, family
 from kronewton.lab.training import Record
 
 
@@ -112,7 +112,7 @@ def _match(rival: Rival, raced: Board) -> Match | None:
     ends, steps, shares = [], [], []
     for lane, records in raced.items():
         end = final_loss(records)
-        if lane.rival != rival.name or rival.name == KFAC or math.isinf(end):
+        if lane.rival != rival.name or family(rival.name) == KFAC or math.isinf(end):
             continue
         first = first_below(kfac.get(lane.seed, ()), end)
         ends.append(end)
