@@ -127,6 +127,7 @@ def test_compare_rivals_of_different_lengths(
     printed = capsys.readouterr().out
     assert re.match(r"Target 0\.\d+: what the best tuned rival ended with", printed)
     assert "at the end of 10 to 120 steps" in printed
+    assert "the training loss at which Adam ends" in printed
     document = json.loads((tmp_path / "digits-mlp.json").read_text())
     ends = {curve["rival"]: curve["records"][-1]["step"] for curve in document["curves"]}
     assert ends == {"kfac": 10, "adam": 120}
@@ -172,6 +173,17 @@ def test_explain_lists_every_parameter(capsys: pytest.CaptureFixture[str]) -> No
     assert run("explain", "digits-mlp", "--batch-size", 16) == 0
     printed = capsys.readouterr().out
     assert all(f"{layer}.{kind}" in printed for layer in "024" for kind in ("weight", "bias"))
+
+
+@pytest.mark.parametrize("task", ["digits-vit", "digits-unet", "char-lstm", "char-gpt"])
+def test_explain_lists_the_networks_of_today(
+    task: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ladder, "measure", lambda *given: ladder.Ladder(0, None, "No ladder here."))
+    assert run("explain", task, "--batch-size", 4) == 0
+    printed = capsys.readouterr().out
+    model = find_task(task).build(0, torch.device("cpu")).model
+    assert all(f"{name} " in printed for name, _ in model.named_parameters())
 
 
 def test_explain_draws_the_ladder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

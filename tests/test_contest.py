@@ -158,6 +158,16 @@ def test_automatic_target_is_what_tuning_ends_with_rounded_up(lowest: float, tar
     assert contest.with_target(plan(), tuned) == plan()
 
 
+def test_settings_are_chosen_by_the_automatic_target_before_it_is_rounded() -> None:
+    tuned = {
+        contest.Lane("sgd", 0, 0): run_of(3, 1.48, 1.47),
+        contest.Lane("sgd", 1, 0): run_of(3, 2, 1.41),
+    }
+    aimed = contest.with_target(replace(plan(), target=contest.BY_TUNING), tuned)
+    assert aimed.target == 1.5
+    assert contest.best_setting(aimed, find_rival("sgd"), tuned) == 1
+
+
 def test_automatic_target_needs_a_rival_that_is_tuned_and_ends() -> None:
     made = replace(plan(names=("kfac",)), target=contest.BY_TUNING)
     with pytest.raises(OptionError, match=r"none is tuned here: name one in --rivals"):
@@ -235,6 +245,35 @@ def test_ratios_are_to_kfac() -> None:
 def test_verdict_says_what_the_numbers_say(losses: dict[str, tuple[float, ...]], said: str) -> None:
     verdict = reports.verdict(report_of(**losses))
     assert re.search(said, verdict), verdict
+
+
+def test_kfac_is_matched_with_the_end_of_each_rival_on_the_same_seed() -> None:
+    lane = contest.Lane
+    raced = {
+        lane("kfac", 0, 0): run_of(5, 4, 3),
+        lane("kfac", 0, 1): run_of(5, 2, 1),
+        lane("kfac", 0, 2): run_of(5, 2, 1),
+        lane("sgd", 1, 0): run_of(9, 9, 2, 4),  # its end counts, not its lowest
+        lane("sgd", 1, 1): run_of(9, 9, 9, 6),
+        lane("sgd", 1, 2): run_of(9, 9, 9, 1.5),
+        lane("adamw", 0, 0): run_of(9, 0.5),
+        lane("adamw", 0, 1): [Record(1, 0.1, math.nan, diverged=True)],
+    }
+    sgd, adamw = reports.summarise(plan(), {}, raced).matches
+    assert (sgd.rival, sgd.seeds, sgd.end.median) == ("sgd", 3, 4)
+    assert sgd.steps == reports.Spread(2, 1, 3)
+    assert sgd.share == reports.Spread(0.5, 0.25, 0.75)
+    assert reports.match_said(sgd) == (
+        "K-FAC reaches the training loss at which SGD ends (4) in 2 steps, "
+        "0.50 [0.25–0.75] of SGD's (3 seeds, each against its own)."
+    )
+    assert adamw.seeds == 1  # the diverged run has no end
+    assert "does not reach the training loss at which AdamW ends (0.5)" in reports.match_said(adamw)
+
+
+def test_without_kfac_or_an_end_nothing_is_matched() -> None:
+    assert report_of(sgd=(2, 1), adamw=(2, 1)).matches == ()
+    assert report_of(kfac=(2, 1)).matches == ()
 
 
 def test_diverged_rival_stays_in_the_table() -> None:

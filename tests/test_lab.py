@@ -7,6 +7,7 @@ import math
 import struct
 from dataclasses import replace
 from pathlib import Path
+from pydoc_data.topics import topics
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 import kronewton as kn
 from kronewton.errors import DataError, OptionError, StateError
-from kronewton.lab import checkpoint, files, rivals, session
+from kronewton.lab import checkpoint, files, rivals, session, texts
 from kronewton.lab.images import read_images
 from kronewton.lab.rivals import RIVALS, find_rival
 from kronewton.lab.tasks import TASKS, Options, find_task
@@ -46,12 +47,67 @@ def idx(images: np.ndarray) -> bytes:
 def test_task_is_fixed_by_its_name_and_seed(name: str) -> None:
     task = find_task(name)
     first, same, other = (task.build(seed, CPU) for seed in (0, 0, 1))
-    inputs = first.train.x
-    assert inputs.dtype == task.dtype
-    assert torch.equal(inputs, other.train.x)  # the data does not depend on the seed
-    assert torch.equal(first.model(inputs), same.model(inputs))
-    assert not torch.equal(first.model(inputs), other.model(inputs))
-    assert first.criterion(first.model(inputs), first.train.y).isfinite()
+    few = first.train.every(len(first.train) // 16)
+    assert few.x.dtype == (torch.long if name.startswith("char") else task.dtype)
+    for data, others in ((first.train, other.train), (first.test, other.test)):
+        assert torch.equal(data.x, others.x)  # the data does not depend on the seed
+        assert torch.equal(data.y, others.y)
+    assert torch.equal(first.model(few.x), same.model(few.x))
+    assert not torch.equal(first.model(few.x), other.model(few.x))
+    assert first.criterion(first.model(few.x), few.y).isfinite()
+
+
+def test_text_is_cut_without_overlap_and_split_by_position() -> None:
+    train, test = texts.windows(context=8, train=20, test=5)
+    assert train.shape == (20, 9)
+    assert torch.equal(train[1:, 0], train[:-1, -1])  # each character is predicted once
+    text = "\n".join(topics[name] for name in sorted(topics))
+    alphabet = texts.ALPHABET + "�"
+    assert "".join(alphabet[code] for code in train[:, :-1].flatten()) in text
+    start = 8 * ((len(text) - 9) // 8 - 4)
+    read = "".join(c if c in texts.ALPHABET else "�" for c in text[start : start + 41])
+    assert "".join(alphabet[code] for code in [*test[:, :-1].flatten(), test[-1, -1]]) == read
+
+
+@pytest.mark.parametrize("name", ["char-gpt", "char-lstm"])
+def test_models_of_text_see_no_character_before_its_turn(name: str) -> None:
+    problem = find_task(name).build(0, CPU)
+    x = problem.train.x[:1].clone()
+    before = problem.model(x)  # (1, C, T)
+    assert before.shape == (1, texts.CHARACTERS, 64)
+    x[0, 40] = (x[0, 40] + 1) % texts.CHARACTERS
+    changed = (problem.model(x) - before).abs().amax(1)[0] > 1e-6
+    assert not changed[:40].any()
+    assert changed[40:].any()
+
+
+def test_a_run_on_text_is_evaluated_on_a_fixed_part_of_the_training_set() -> None:
+    problem = find_task("char-lstm").build(0, CPU)
+    measured = problem.measured
+    assert measured is not None
+    assert (len(problem.train), len(measured), len(problem.test)) == (4096, 128, 192)
+    assert torch.equal(measured.x[1], problem.train.x[32])
+    run = begin("char-lstm")
+    (record,) = train(run, Budget(1))
+    run.problem.model.eval()
+    loss = run.problem.criterion(run.problem.model(measured.x), measured.y)
+    assert record.train_loss == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_the_noise_of_the_images_is_fixed_and_its_own_in_the_test() -> None:
+    problem = find_task("digits-unet").build(0, CPU)
+    noise = problem.train.x - problem.train.y
+    assert noise.std().item() == pytest.approx(0.3, rel=0.02)
+    assert not torch.equal(noise[: len(problem.test)], problem.test.x - problem.test.y)
+
+
+@pytest.mark.parametrize("name", ["digits-vit", "digits-unet", "char-lstm"])
+def test_networks_of_today_train(name: str) -> None:
+    run = begin(name, "adamw")
+    records = list(train(run, Budget(12, every=99)))
+    first = sum(record.loss for record in records[:3])
+    assert sum(record.loss for record in records[-3:]) < 0.99 * first
+    assert all(parameter.grad is not None for parameter in run.problem.model.parameters())
 
 
 def test_building_a_task_leaves_the_random_stream_alone() -> None:

@@ -74,6 +74,14 @@ def test_too_many_outputs_are_drawn_and_that_is_said() -> None:
     assert not measured("linear-regression").remark
 
 
+def test_a_task_that_says_how_many_examples_has_them_drawn() -> None:
+    run = begin("digits-mlp")
+    small = replace(run, task=replace(run.task, explained=4))
+    found = ladder.measure(small, run.task.build(0, torch.device("cpu")), 0)
+    assert "which is itself an estimate, 4 examples" in str(found.explanation)
+    assert "distances are to the block of 4 draws" in found.remark
+
+
 def test_a_model_without_a_covered_layer_is_a_sentence() -> None:
     run = begin("two-spirals")
     problem = run.problem

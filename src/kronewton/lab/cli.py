@@ -362,6 +362,8 @@ def _report(
             plots.contest_plot(plan, raced, picture)
         _write(out / f"{stem}.json", document)
         print(f"Picture: {picture}")
+    for match in report.matches:
+        print(reports.match_said(match))
     print(dial.dial_verdict(report, found) if found else reports.verdict(report))
 
 

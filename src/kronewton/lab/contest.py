@@ -23,7 +23,8 @@ class Plan:
     """Who runs what, how long and how often.
 
     target: training loss to reach, in the task's unit. grid: how many settings each rival may try.
-    budgets: by name, for the rivals whose runs have a length of their own.
+    budgets: by name, for the rivals whose runs have a length of their own. aim: the target as
+    settings are chosen by it, where it was rounded for the race.
     """
 
     task: Task
@@ -34,6 +35,7 @@ class Plan:
     grid: int
     device: torch.device
     budgets: Mapping[str, Budget] = field(default_factory=dict)
+    aim: float | None = None
 
     def settings(self, rival: Rival) -> tuple[Setting, ...]:
         return rival.settings(self.task.scale)[: self.grid]
@@ -78,9 +80,10 @@ def racing_lanes(plan: Plan, tuned: Board) -> list[Lane]:
 def best_setting(plan: Plan, rival: Rival, tuned: Board) -> int:
     """The setting that reached the target in the fewest steps, or else ended lowest."""
     lanes = [lane for lane in tuned if lane.rival == rival.name]
+    aim = plan.target if plan.aim is None else plan.aim
 
     def merit(lane: Lane) -> tuple[float, float]:
-        reached = first_below(tuned[lane], plan.target)
+        reached = first_below(tuned[lane], aim)
         return (math.inf if reached is None else reached.step), final_loss(tuned[lane])
 
     return min(lanes, key=merit).setting if lanes else 0
@@ -108,7 +111,8 @@ def check(plan: Plan) -> list[Run]:
 def with_target(plan: Plan, tuned: Board) -> Plan:
     """The plan, its target the lowest loss at which a rival of K-FAC's ended its tuning.
 
-    Rounded up to two digits, so that the same run again, with another seed's luck, can reach it.
+    Rounded up to two digits, so that the same run again, with another seed's luck, can reach it;
+    settings are still chosen by the loss itself, or one that ends higher could win.
     Raises OptionError if every one of them diverged.
     """
     if plan.target != BY_TUNING:
@@ -116,7 +120,7 @@ def with_target(plan: Plan, tuned: Board) -> Plan:
     lowest = min(final_loss(rs) for lane, rs in tuned.items() if family(lane.rival) != KFAC)
     if math.isinf(lowest):
         raise OptionError("--target auto found no loss: every tuned run diverged; give a number.")
-    return replace(plan, target=_rounded_up(lowest))
+    return replace(plan, target=_rounded_up(lowest), aim=lowest)
 
 
 def _rounded_up(value: float) -> float:

@@ -59,12 +59,19 @@ def advance(run: Run, steps: int, show: Callable[[Record], None]) -> Problem:
 
 
 def measure(run: Run, problem: Problem, steps: int) -> Ladder:
-    """The ladder on the batch that the next step would have, at most EXAMPLES of a full one."""
+    """The ladder on the batch that the next step would have, at most EXAMPLES of a full one.
+
+    Of a task that says how many, only so many, and of draws.
+    """
+    model, criterion, few = problem.model, problem.criterion, run.task.explained
     x, y = batch_of(run, steps)
-    if run.task.batch_size is None:
+    if few is not None:
+        x, y = x[:few], y[:few]
+    elif run.task.batch_size is None:
         x, y = x[:EXAMPLES], y[:EXAMPLES]
+    explained = _explained if few is None else _drawn
     try:
-        return Ladder(steps, *_explained(problem.model, problem.criterion, (x, y)))
+        return Ladder(steps, *explained(model, criterion, (x, y)))
     except OptionError as refusal:
         said = f"No ladder: draws were refused too, as {refusal} --batch-size sets the examples."
         return Ladder(steps, None, said)
@@ -75,13 +82,20 @@ def measure(run: Run, problem: Problem, steps: int) -> Ladder:
 def _explained(
     model: nn.Module, criterion: nn.Module, batch: tuple[Tensor, Tensor]
 ) -> tuple[kn.Explanation, str]:
-    """Exact, or of a few draws where that is refused; then with a remark that says so."""
+    """Exact, or of a few draws where that is refused."""
     try:
         return kn.explain(model, criterion, batch), ""
     except OptionError:
-        told = kn.explain(model, criterion, batch, fisher="sampled", draws=DRAWS)
+        return _drawn(model, criterion, batch)
+
+
+def _drawn(
+    model: nn.Module, criterion: nn.Module, batch: tuple[Tensor, Tensor]
+) -> tuple[kn.Explanation, str]:
+    """Of a few draws, with a remark that says so."""
+    told = kn.explain(model, criterion, batch, fisher="sampled", draws=DRAWS)
     return told, (
-        "The exact block takes too many outputs or too much memory here, so that distances are to "
+        "The exact block takes too many outputs, memory or time here, so that distances are to "
         f"the block of {DRAWS} draws an example. So few draws scatter, and what is exact in theory "
         "is not at distance 0."
     )

@@ -13,7 +13,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kronewton.lab import texts
+from kronewton.lab.networks import CharGPT, CharLSTM, DigitsUNet, DigitsViT
+
 DATA_SEED = 2017
+CONTEXT = 64  # characters that a model of text sees
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,10 @@ class Examples:
     def __len__(self) -> int:
         return len(self.x)
 
+    def every(self, stride: int) -> Examples:
+        """One of so many rows, from all parts of the set."""
+        return Examples(self.x[::stride], self.y[::stride])
+
     def to(self, device: torch.device) -> Examples:
         return Examples(self.x.to(device), self.y.to(device))
 
@@ -34,7 +42,8 @@ class Examples:
 class Problem:
     """A model at its initial weights, its criterion and its data, on one device.
 
-    floor: the least training loss there is, where it is known in closed form.
+    floor: the least training loss there is, where it is known in closed form. measured: the
+    training examples on which a run is evaluated, always the same; None means all of them.
     """
 
     model: nn.Module
@@ -42,6 +51,7 @@ class Problem:
     train: Examples
     test: Examples
     floor: float = 0.0
+    measured: Examples | None = None
 
 
 @contextmanager
@@ -135,6 +145,54 @@ def digits_conv_autoencoder(seed: int, device: torch.device) -> Problem:
         ).to(device)
     train, test = Examples(x, x).to(device), Examples(x_test, x_test).to(device)
     return Problem(model, nn.MSELoss(), train, test)
+
+
+def digits_vit(seed: int, device: torch.device) -> Problem:
+    x, y, x_test, y_test = _digit_images()
+    with _drawn_by(seed):
+        model = DigitsViT(width=64, heads=4, depth=4, classes=10).to(device)
+    train, test = Examples(x, y).to(device), Examples(x_test, y_test).to(device)
+    return Problem(model, nn.CrossEntropyLoss(), train, test)
+
+
+def _noisy(clean: Tensor, seed: int) -> Examples:
+    """Images under noise of deviation 0.3, drawn once, and the images themselves."""
+    generator = torch.Generator().manual_seed(seed)
+    return Examples(clean + 0.3 * torch.randn(clean.shape, generator=generator), clean)
+
+
+def digits_unet(seed: int, device: torch.device) -> Problem:
+    x, _, x_test, _ = _digit_images()
+    with _drawn_by(seed):
+        model = DigitsUNet(width=16).to(device)
+    train, test = _noisy(x, DATA_SEED), _noisy(x_test, DATA_SEED + 1)
+    return Problem(model, nn.MSELoss(), train.to(device), test.to(device))
+
+
+def _on_text(model: nn.Module, device: torch.device) -> Problem:
+    """Predict every next character.
+
+    128 windows of all parts of the text are 8192 predictions: enough to tell two runs apart, and
+    100 evaluations take less time than the training between them.
+    """
+    train, test = (
+        Examples(cut[:, :-1], cut[:, 1:]).to(device)
+        for cut in texts.windows(CONTEXT, train=4096, test=192)
+    )
+    measured = train.every(32)
+    return Problem(model.to(device), nn.CrossEntropyLoss(), train, test, measured=measured)
+
+
+def char_gpt(seed: int, device: torch.device) -> Problem:
+    with _drawn_by(seed):
+        model = CharGPT(texts.CHARACTERS, CONTEXT, width=128, heads=4, depth=4)
+    return _on_text(model, device)
+
+
+def char_lstm(seed: int, device: torch.device) -> Problem:
+    with _drawn_by(seed):
+        model = CharLSTM(texts.CHARACTERS, embedded=64, hidden=128, depth=2)
+    return _on_text(model, device)
 
 
 def _least_squares_floor(data: Examples, bias: bool) -> float:

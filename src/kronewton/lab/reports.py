@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kronewton.lab.contest import Board, Plan, best_setting, final_loss, first_below
-from kronewton.lab.rivals import KFAC, Rival, describe
+from kronewton.lab.rivals import KFAC, Rival, describe, family
 from kronewton.lab.training import Record
 
 
@@ -55,6 +55,22 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Match:
+    """How soon K-FAC's training loss is where a rival's ended, seed against the same seed.
+
+    steps: of K-FAC's, to the rival's last loss. share: those as a part of the rival's own steps.
+    Infinite where K-FAC's run ended before. seeds: how many ended, a diverged rival's left out.
+    """
+
+    rival: str
+    label: str
+    seeds: int
+    end: Spread
+    steps: Spread
+    share: Spread
+
+
+@dataclass(frozen=True)
 class Report:
     """A contest in numbers, with what they depend on."""
 
@@ -68,6 +84,7 @@ class Report:
     metric: str | None
     interrupted: bool
     lines: tuple[Line, ...]
+    matches: tuple[Match, ...] = ()
 
 
 def summarise(plan: Plan, tuned: Board, raced: Board, interrupted: bool = False) -> Report:
@@ -85,7 +102,26 @@ def summarise(plan: Plan, tuned: Board, raced: Board, interrupted: bool = False)
         metric=plan.task.metric.name if plan.task.metric else None,
         interrupted=interrupted,
         lines=tuple(sorted(lines, key=lambda line: (line.seconds.median, line.final.median))),
+        matches=tuple(m for m in (_match(rival, raced) for rival in plan.rivals) if m is not None),
     )
+
+
+def _match(rival: Rival, raced: Board) -> Match | None:
+    """K-FAC against that rival's ends; None if no seed has both."""
+    kfac = {lane.seed: records for lane, records in raced.items() if lane.rival == KFAC}
+    ends, steps, shares = [], [], []
+    for lane, records in raced.items():
+        end = final_loss(records)
+        if lane.rival != rival.name or family(rival.name) == KFAC or math.isinf(end):
+            continue
+        first = first_below(kfac.get(lane.seed, ()), end)
+        ends.append(end)
+        steps.append(math.inf if first is None else first.step)
+        shares.append(steps[-1] / records[-1].step)
+    if not (kfac and ends):
+        return None
+    spreads = (_spread(values) for values in (ends, steps, shares))
+    return Match(rival.name, rival.label, len(ends), *spreads)
 
 
 def _line(plan: Plan, rival: Rival, tuned: Board, raced: Board) -> Line | None:
@@ -273,6 +309,17 @@ def verdict(report: Report) -> str:
     steps = _standing(done, "steps", lambda line: line.step_ratio)
     seconds = _standing(done, "seconds", lambda line: line.second_ratio)
     return f"{opening}. {steps} {seconds}"
+
+
+def match_said(match: Match) -> str:
+    """What share of a rival's steps K-FAC took to the loss at which that rival ended."""
+    end = f"the training loss at which {match.label} ends ({number(match.end.median)})"
+    over = f"{match.seeds} seeds, each against its own" if match.seeds > 1 else "one seed"
+    if math.isinf(match.share.median):
+        return f"K-FAC does not reach {end} in its steps ({over})."
+    share = _range(match.share, lambda value: "never" if math.isinf(value) else f"{value:.2f}")
+    steps = f"{match.steps.median:.0f} step{'' if match.steps.median == 1 else 's'}"
+    return f"K-FAC reaches {end} in {steps}, {share} of {match.label}'s ({over})."
 
 
 def _also_ran(kfac: Line, others: Sequence[Line]) -> str:

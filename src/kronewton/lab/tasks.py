@@ -36,6 +36,7 @@ class Task:
     """A problem to build, and how long it is worth training.
 
     batch_size None means the whole training set in every step. target is in the task's unit.
+    explained: of how many examples `explain` draws its ladder, where a batch would take minutes.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Task:
     metric: Metric | None = None
     scale: float = 1.0
     unit: str = "loss"
+    explained: int | None = None
 
     def described(self) -> str:
         """The task in one line."""
@@ -194,6 +196,49 @@ _ALL = (
         target=0.01,
         unit="binary cross-entropy",
         metric=Metric("accuracy", _sign_accuracy),
+    ),
+    Task(
+        "digits-vit",
+        "8×8 digits in patches of 2×2 through four transformer layers of width 64, cross-entropy",
+        problems.digits_vit,
+        steps=200,
+        target=0.01,
+        batch_size=128,
+        unit="cross-entropy",
+        metric=Metric("accuracy", _accuracy),
+        explained=16,
+    ),
+    Task(
+        "digits-unet",
+        "8×8 digits freed from noise by a U-Net of 16, 32 and 64 channels, batch normalisation",
+        problems.digits_unet,
+        steps=200,
+        target=1.0,
+        batch_size=128,
+        scale=64.0,
+        unit="squared error per image",
+        explained=16,
+    ),
+    Task(
+        "char-gpt",
+        "Python's help texts, next character after up to 64, four transformer layers of width 128",
+        problems.char_gpt,
+        steps=400,
+        target=2.4,
+        batch_size=32,
+        unit="cross-entropy per character",
+        metric=Metric("accuracy", _accuracy),
+        explained=2,
+    ),
+    Task(
+        "char-lstm",
+        "Python's help texts, next character after up to 64, two LSTM layers of width 128",
+        problems.char_lstm,
+        steps=400,
+        target=1.6,
+        batch_size=32,
+        unit="cross-entropy per character",
+        metric=Metric("accuracy", _accuracy),
     ),
 )
 TASKS = {task.name: task for task in _ALL}

@@ -47,7 +47,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Record:
-    """One step. Losses are in the task's unit; those of the whole sets only when evaluated.
+    """One step. Losses are in the task's unit; those of the sets only when evaluated.
 
     seconds: training since the first step, evaluation excluded. settings: learning rate,
     momentum, damping and what else the optimizer tells.
@@ -109,7 +109,7 @@ def interleave(
 
 
 def evaluate(run: Run, data: Examples) -> tuple[float, float | None]:
-    """The criterion's loss on a whole set, and the task's metric if it has one."""
+    """The criterion's loss on all the examples, and the task's metric if it has one."""
     model, metric = run.problem.model, run.task.metric
     model.eval()
     with torch.no_grad():
@@ -169,7 +169,7 @@ def _record(run: Run, step: int, seconds: float, loss: float, due: bool) -> Reco
         return Record(step, seconds, shown, settings, diverged=True)
     if not due:
         return Record(step, seconds, shown, settings)
-    train_loss, _ = evaluate(run, run.problem.train)
+    train_loss, _ = evaluate(run, _measured(run.problem))
     test_loss, metric = evaluate(run, run.problem.test)
     return Record(
         step,
@@ -181,6 +181,10 @@ def _record(run: Run, step: int, seconds: float, loss: float, due: bool) -> Reco
         metric=metric,
         diverged=not math.isfinite(train_loss),
     )
+
+
+def _measured(problem: Problem) -> Examples:
+    return problem.train if problem.measured is None else problem.measured
 
 
 def _settings(optimizer: Optimizer) -> dict[str, float]:
