@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 from torch.utils.checkpoint import checkpoint
 
-from kronewton import KFAC, factors
+from kronewton import KFAC, structure
 from kronewton.capture import Fisher, Watcher
 from kronewton.curvature import by_layer
 from kronewton.errors import CriterionError
@@ -130,8 +130,8 @@ def test_every_leading_shape_of_a_linear_layer_is_exact(lead, bias):
 def test_mutant_of_one_per_cent_in_the_second_moment_is_caught(fisher, monkeypatch):
     model, criterion, x, y = nn.Linear(3, 2), nn.MSELoss(), torch.randn(6, 3), torch.randn(6, 2)
     wanted = seen_by(model, criterion, lambda: backward(model, criterion, x, y), fisher)
-    real = factors.second_moment
-    monkeypatch.setattr(factors, "second_moment", lambda *args: 1.01 * real(*args))
+    real = structure.second_moment
+    monkeypatch.setattr(structure, "second_moment", lambda *args: 1.01 * real(*args))
     found = seen_by(model, criterion, lambda: backward(model, criterion, x, y), fisher)
     with pytest.raises(AssertionError, match="not close"):
         assert_same(found, wanted)

@@ -64,14 +64,14 @@ def test_it_leaves_no_trace() -> None:
 
 def test_the_table_names_layers_matrices_positions_and_what_is_left_out() -> None:
     told = kn.explain(conv_net(), nn.CrossEntropyLoss(), BATCH)
-    conv, grouped, linear = told.rows
+    conv, norm, grouped, linear = told.rows
     assert (conv.layer, conv.kind, conv.matrix, conv.positions) == ("0", "convolution", (2, 10), 16)
     assert (grouped.matrix, grouped.positions) == ((2, 1, 5), 4)
     assert (linear.kind, linear.matrix, linear.positions) == ("linear", (3, 9), 1)
     assert conv.memory == (2**2 + 10**2) * 8
     text = str(told)
     assert "2×1×5" in text
-    assert "Not covered: 1.weight (BatchNorm2d has no kind yet)" in text
+    assert (norm.kind, norm.matrix, norm.positions) == ("norm", (4, 1), 1)
     assert "5 examples" in text
     assert "<td>convolution</td>" in told._repr_html_()
 

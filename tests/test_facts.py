@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import kronewton as kn
 import oracles
-from kronewton import factors
+from kronewton import factors, structure
 from kronewton.inverse import EigenInverse
 from oracles import distance
 from reading import EXACT, F64, PINNED, after, apart, normal, read_blocks, scale_of
@@ -417,7 +417,7 @@ APPLY = EigenInverse.apply
 @pytest.mark.parametrize(
     ("owner", "name", "mistake"),
     [
-        (factors, "second_moment", one_percent(factors.second_moment)),
+        (structure, "second_moment", one_percent(structure.second_moment)),
         (EigenInverse, "apply", one_percent(APPLY)),
         (EigenInverse, "apply", swapped),
         (EigenInverse, "apply", transposed),
@@ -439,7 +439,7 @@ def test_the_trace_catches_one_percent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_sampled_block_catches_one_percent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factors, "second_moment", one_percent(factors.second_moment))
+    monkeypatch.setattr(structure, "second_moment", one_percent(structure.second_moment))
     with pytest.raises(AssertionError):
         test_6_one_example_has_the_sampled_block("ce", 3)
 

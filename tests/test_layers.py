@@ -166,12 +166,9 @@ def test_every_trained_parameter_is_in_a_layer_or_has_a_reason():
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 4, bias=False), nn.PReLU())
     found = find_layers(model, ids(model))
     layers, reasons = found.layers, found.reasons
-    assert [layer.name for layer in layers] == ["0", "2"]
-    covered = {id(p) for layer in layers for p in layer.parameters().values()}
-    assert covered | set(reasons) == ids(model)
-    assert not covered & set(reasons)
-    assert reasons[id(model[1].weight)] == "LayerNorm has no kind yet"
-    assert reasons[id(model[3].weight)] == "PReLU has no kind yet"
+    assert [layer.name for layer in layers] == ["0", "1", "2", "3"]
+    assert found.covered == ids(model)
+    assert not reasons
 
 
 def test_frozen_parts_are_left_out():
@@ -188,15 +185,35 @@ def test_frozen_parts_are_left_out():
     assert not reasons
 
 
-def test_a_parameter_of_two_modules_falls_back_and_names_both():
+def test_a_parameter_of_two_modules_is_one_layer_with_a_guest():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
     model[2].weight = model[0].weight
     found = find_layers(model, ids(model))
-    layers, reasons = found.layers, found.reasons
-    assert [layer.name for layer in layers] == ["1"]
-    assert reasons[id(model[0].weight)] == "shared by 0 and 2"
-    assert id(model[0].bias) in reasons
-    assert id(model[2].bias) in reasons
+    shown = [(layer.name, layer.trained) for layer in found.layers]
+    assert shown == [
+        ("0", ("weight",)), ("0.bias", ("bias",)), ("1", ("weight", "bias")), ("2.bias", ("bias",)),
+    ]  # fmt: skip
+    assert [(guest.name, guest.term, guest.turned) for guest in found.guests] == [("2", "0", False)]
+    assert found.covered == ids(model)
+
+
+def test_what_is_shared_without_a_common_matrix_is_alone_and_names_its_users():
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.PReLU(3))
+    model[2].weight = model[1].weight
+    found = find_layers(model, ids(model))
+    assert found.reasons[id(model[1].weight)] == "shared by 1 and 2"
+    assert [layer.kind.name for layer in found.layers if layer.name == "1.weight"] == ["parameter"]
+    assert found.covered == ids(model)
+
+
+def test_a_table_that_is_also_a_matrix_is_one_layer_with_a_turned_guest():
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5))
+    model[1].weight = model[0].weight
+    found = find_layers(model, ids(model))
+    assert [(layer.name, layer.kind.name) for layer in found.layers] == [
+        ("0", "embedding"), ("1.bias", "linear"),
+    ]  # fmt: skip
+    assert [(guest.term, guest.turned) for guest in found.guests] == [("0 (turned)", True)]
 
 
 def test_one_module_under_two_names_is_one_layer():
@@ -219,7 +236,7 @@ def test_a_subclass_is_covered_unless_it_has_a_forward_of_its_own():
     model = nn.Sequential(Named(3, 3), Doubled(3, 3))
     found = find_layers(model, ids(model))
     layers, reasons = found.layers, found.reasons
-    assert [layer.name for layer in layers] == ["0"]
+    assert [layer.name for layer in layers if layer.kind.hooked] == ["0"]
     assert reasons[id(model[1].weight)] == "its forward is not that of nn.Linear"
 
 

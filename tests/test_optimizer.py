@@ -933,6 +933,14 @@ class Uncalled(nn.Module):
         self.called, self.uncalled = nn.Linear(3, 5), nn.Linear(5, 4)
 
     def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.called(x))
+        return nn.functional.linear(h, self.uncalled.weight, self.uncalled.bias)
+
+
+class Hidden(Uncalled):
+    """Adds the bias by itself, where nobody sees that it is one."""
+
+    def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.called(x)) @ self.uncalled.weight.T + self.uncalled.bias
 
 
@@ -945,6 +953,18 @@ def test_a_layer_that_is_not_called_has_the_rows_of_the_function_that_uses_it():
     rows = {row.parameter: row for row in optimizer.coverage().rows}
     assert rows["uncalled.weight"].method == "K-FAC factored"
     assert rows["uncalled.weight"].memory > 0
+
+
+def test_rows_that_do_not_give_the_gradient_are_named_and_not_used():
+    model, criterion, ((x, y),) = Hidden(), nn.CrossEntropyLoss(), batches(1)
+    optimizer, before = KFAC(model, criterion, fisher="exact"), model.uncalled.bias.clone()
+    whole(model, criterion, x, y)
+    with pytest.warns(KronewtonWarning, match="rows that layer 'uncalled' showed do not give its"):
+        optimizer.step()
+    assert not model.uncalled.bias.equal(before)
+    rows = {row.parameter: row for row in optimizer.coverage().rows}
+    assert rows["uncalled.weight"].method == rows["uncalled.bias"].method == "diagonal"
+    assert "cannot be watched" in rows["uncalled.weight"].why
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from kronewton import derivation as note
-from kronewton import factors, ladder
+from kronewton import factors, ladder, structure
 from kronewton.inverse import EigenInverse
 from kronewton.lab import verify
 from kronewton.lab.verify import CHECKS, EXACT, Check, Source
@@ -281,11 +281,11 @@ PLANTED: dict[str, list[tuple[Any, str, Any]]] = {  # by the check that must fai
         (Diagonal, "diagonal", property(lambda d: 1.01 * d.hessian())),
     ],
     "first_step": [
-        (factors, "second_moment", one_percent(factors.second_moment)),
+        (structure, "second_moment", one_percent(structure.second_moment)),
         (EigenInverse, "apply", transposed(EigenInverse.apply)),
     ],
     "exact_deep_linear": [(EigenInverse, "apply", one_percent(EigenInverse.apply))],
-    "exact_one": [(factors, "second_moment", one_percent(factors.second_moment))],
+    "exact_one": [(structure, "second_moment", one_percent(structure.second_moment))],
     "duplicated": [(factors, "_input_moment", a_sum_instead_of_a_mean)],
     "micro_batches": [(factors, "_total", lambda tensors: [*tensors][-1])],  # the last part wins
     "scaled": [(EigenInverse, "apply", with_damping_of_its_own)],
@@ -301,7 +301,7 @@ PLANTED: dict[str, list[tuple[Any, str, Any]]] = {  # by the check that must fai
     "corrected_is_nearer": [(ladder, "symmetric_eigen", a_basis_of_its_own)],
     "neither_is_exact": [(ladder, "_relative", nowhere)],
     "ladder_deep_linear": [
-        (factors, "second_moment", one_percent(factors.second_moment)),
+        (structure, "second_moment", one_percent(structure.second_moment)),
         (ladder, "symmetric_eigen", a_basis_of_its_own),
     ],
     "ladder_one": [

@@ -13,7 +13,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,9 @@ class Part:
 class Watcher:
     """Watches one model and the criteria that make up its loss."""
 
+    # Of all watchers: one's own passes run through graphs that another one has hooks in.
+    _pauses: ClassVar[int] = 0
+
     def __init__(
         self,
         model: nn.Module,
@@ -124,7 +127,6 @@ class Watcher:
         for layer in [*found.layers, *found.guests]:
             if layer.kind.hooked:
                 self.layers.setdefault(id(layer.module), []).append(layer)
-        self._paused = False
         self._changing = ChangingBuffers(model)
         self._recorder = Recorder(self._on_use)
         self._recording: list[bool] = []  # of the modules that are running: whether it was entered
@@ -177,11 +179,15 @@ class Watcher:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Nothing is watched inside: for replays and for our own calls of the criterion."""
-        self._paused, before = True, self._paused
+        Watcher._pauses += 1
         try:
             yield
         finally:
-            self._paused = before
+            Watcher._pauses -= 1
+
+    @property
+    def _paused(self) -> bool:
+        return Watcher._pauses > 0
 
     def collect(self) -> tuple[list[Part], bool]:
         """The parts whose loss was differentiated since the last call; forgets all others.
@@ -262,7 +268,8 @@ class Watcher:
     @torch.no_grad()
     def _compare(self, parts: Sequence[Part]) -> None:
         """Whether what arrived in the model's outputs is what the criteria gave."""
-        if not self._checking or not parts or any(part.call is None for part in parts):
+        known = bool(parts) and all(p.call is not None and p.expected for p in parts)
+        if not self._checking or not known:
             return
         self._to_check -= 1
         rest = dict(self._received)
@@ -538,7 +545,7 @@ class Watcher:
         N, S = call.a.counts
         w = row_weights(weights, N, S)
         if call.seen.present is not None:
-            w = w.expand(N, S) * call.seen.present
+            w = with_mask(w, call.seen.present & (b != 0).any(-1).any(0))
         elif (
             S > 1
             and not call.layer.kind.sums(call.layer)

@@ -40,6 +40,7 @@ from kronewton.pair import (
 from kronewton.structure import DENSE, DIAGONAL, Sides, side_of
 from kronewton.types import Statistics
 
+HOW = ("", TURNED, ENTRIES)  # a layer's matrix can be seen
 ENTRIES_DECAY = 0.95  # of running squares of gradients, at least
 LEAST = 1e-10  # of the scale over the largest that there was
 
@@ -126,8 +127,11 @@ class Curvature:
                 own = max(decay, ENTRIES_DECAY) if term.endswith(ENTRIES) else decay
                 self._learn_term(term, batch, seen, own)
         if observations and self.factors:
-            trace = torch.stack([f.trace() for f in self.factors.values()]).sum()
-            sizes = {layer_of(term): f.size for term, f in self.factors.items()}
+            # In the layers' order, which a resumed training shares; not in the order of arrival.
+            every = [name + how for name in self.layers for how in HOW]
+            terms = [term for term in every if term in self.factors]
+            trace = torch.stack([self.factors[term].trace() for term in terms]).sum()
+            sizes = {layer_of(term): self.factors[term].size for term in terms}
             scale = float(trace) / sum(sizes.values())
             self.largest = max(self.largest, scale)
             # Where a loss is all but zero so is its curvature, and dampings must not follow.
@@ -174,7 +178,8 @@ class Curvature:
     @property
     def known(self) -> list[str]:
         """The layers of which anything is known."""
-        return list(dict.fromkeys(layer_of(term) for term in self.factors))
+        some = {layer_of(term) for term in self.factors}
+        return [name for name in self.layers if name in some]
 
     def refresh(self, names: Collection[str], damping: float) -> None:
         """Invert again, for the named layers and for those that have no inverse yet.
@@ -266,7 +271,7 @@ class Curvature:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """All that is kept for a layer, to be saved; empty before the first batch."""
         kept: dict[str, Tensor] = {}
-        for how in ("", TURNED, ENTRIES):
+        for how in HOW:
             factors = self.factors.get(name + how)
             for key in ("A", "B", "s") if factors else ():
                 moment = getattr(factors, key)
@@ -282,7 +287,7 @@ class Curvature:
 
     def load(self, name: str, kept: Mapping[str, Tensor]) -> None:
         """Restore what `tensors` gave."""
-        for how in ("", TURNED, ENTRIES):
+        for how in HOW:
             term = name + how
             if f"reduced{how}" in kept:
                 self.chosen[term] = "reduce" if bool(kept[f"reduced{how}"]) else "expand"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 LISTS = ("_flat_weights", "_flat_weight_refs")  # of a recurrent module
@@ -37,7 +38,11 @@ class ChangingBuffers:
         """Copies of those that change, of all before the first forward."""
         watched = self._all if self._changing is None else self._changing
         held = [(table, key, table.get(key)) for table, key in watched]
-        return [(table, key, t.clone()) for table, key, t in held if isinstance(t, Tensor)]
+        return [
+            (table, key, t.clone())
+            for table, key, t in held
+            if isinstance(t, Tensor) and not is_lazy(t)
+        ]
 
     def compare(self, before: Buffers) -> None:
         """After the first forward: which ones are not as they were."""

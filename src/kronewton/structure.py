@@ -208,8 +208,9 @@ class Blocks(Structure):
 
     def _cut(self, G: Tensor) -> Tensor:
         """Rows (…, d, e) in blocks (…, k, size, e)."""
-        padded: Tensor = torch.nn.functional.pad(G, (0, 0, 0, self.padding)) if self.padding else G
-        return padded.unflatten(-2, (self.count, self.size))
+        padded = torch.nn.functional.pad(G, (0, 0, 0, self.padding)) if self.padding else G
+        cut: Tensor = padded.unflatten(-2, (self.count, self.size))
+        return cut
 
     def second_moment(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         cut = self._cut(rows.mT)  # (…, k, size, n)

@@ -8,6 +8,7 @@ output, ω the weight with which a position enters the loss, p what the model pr
 | MSELoss | 2/numel · I for a mean, 2 · I for a sum: torch has no ½ |
 | CrossEntropyLoss | ω (diag(p) − pp'), ω the class weight of the target over the normaliser |
 | NLLLoss | ω diag(exp x), the Fisher: log-softmax pulls it back to ω (diag(p) − pp') |
+| CTCLoss | ω diag(exp x) at every frame, its alignment held fixed: torch has no Hessian of it |
 | BCEWithLogitsLoss | ω diag(p (1 − p)) |
 | PoissonNLLLoss | ω diag(exp x), or ω diag(y / (x + eps)²) without log_input |
 | GaussianNLLLoss | ω diag(1 / variance), in the mean only |
@@ -92,6 +93,7 @@ KINDS: dict[Any, Kind] = {
     nn.CrossEntropyLoss.forward: Kind(criteria.cross_entropy, checks.classes, checks.class_values),
     nn.NLLLoss.forward: Kind(criteria.likelihood, checks.classes, checks.log_probabilities),
     nn.BCEWithLogitsLoss.forward: Kind(criteria.bernoulli, checks.elements, checks.signs),
+    nn.CTCLoss.forward: Kind(criteria.alignment),
     nn.PoissonNLLLoss.forward: Kind(criteria.poisson, checks.counts, checks.signs),
     nn.GaussianNLLLoss.forward: Kind(criteria.gaussian_likelihood, checks.gaussian),
     nn.BCELoss.forward: Kind(check=checks.elements),

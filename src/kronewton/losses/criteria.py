@@ -60,6 +60,40 @@ def likelihood(criterion: Any, x: Tensor, targets: Any, lead: int) -> OutputCurv
     )
 
 
+def alignment(criterion: Any, x: Tensor, targets: Any, lead: int) -> OutputCurvature:
+    """CTCLoss on log-probabilities (T, N, C) or (T, C): the Fisher of a label at every frame.
+
+    torch has no second derivative of it. With the alignment's posterior held fixed it is a
+    likelihood of soft labels, which bounds it from above, and whose Fisher this is.
+    """
+    frames = x if x.dim() == 3 else x.unsqueeze(1)  # (T, N, C)
+    given, labels = (_lengths(t, frames) for t in targets[1:3])
+    weight = given.new_ones(len(labels), dtype=x.dtype)
+    if is_mean(criterion):
+        weight = weight / (len(labels) * labels.clamp_min(1))
+    inside = torch.arange(len(frames), device=x.device).unsqueeze(1) < given  # (T, N)
+    omega = (weight * inside).reshape(x.shape[:-1])
+    p, scale = x.exp(), omega.unsqueeze(-1)
+
+    def sample(generator: Generator) -> Tensor:
+        drawn = draw_classes(p, p.dim() - 1, generator)
+        return torch.zeros_like(p).scatter_(-1, drawn, -scale.sqrt().expand_as(drawn))
+
+    return Diagonal(
+        x,
+        0,
+        lambda: p * scale,
+        sample,
+        lambda: omega.t() if x.dim() == 3 else omega.unsqueeze(0),
+        "CTCLoss: the Fisher of a label at every frame, its alignment held fixed.",
+    )
+
+
+def _lengths(given: Any, frames: Tensor) -> Tensor:
+    """One length for each sequence: (N,)."""
+    return torch.as_tensor(given, device=frames.device).reshape(-1)
+
+
 def bernoulli(criterion: Any, x: Tensor, targets: Any, lead: int) -> OutputCurvature:
     """BCEWithLogitsLoss: pos_weight makes an element count 1 + (pos_weight − 1)·target times."""
     p = torch.sigmoid(x)
