@@ -23,6 +23,10 @@ def test_training_by_the_defaults(entry: Entry) -> None:
     if entry.needs:
         package, how = entry.needs
         pytest.importorskip(package, reason=f"{package} is not installed: {how}")
+    if entry.refused:
+        with pytest.raises(kn.errors.KronewtonError, match=entry.refused):
+            train(entry)
+        return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warnings.filterwarnings("ignore", "`torch.jit.script")  # torch's, of its own first jvp
