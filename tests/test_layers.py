@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import CASES, Case
-from kronewton.layers import KINDS, DenseRows, Layer, convolution, find_layers, kind_of
+from cases import CASES, PLAIN, Case
+from kronewton.capture import gradient_of
+from kronewton.layers import KINDS, Call, DenseRows, Layer, convolution, find_layers, kind_of
 from kronewton.layers import linear as linear_module
 from kronewton.layers.base import rows_of, with_bias_entry
+from kronewton.structure import DENSE, DIAGONAL, Blocks
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -50,7 +52,7 @@ def contribution(layer: Layer, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("lead", LEADS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", PLAIN, ids=str)
 def test_rows_times_the_matrix_are_the_layers_output(case, lead):
     if unbatched(case, lead):
         return  # the first dimension of a sequence is taken for the examples
@@ -64,7 +66,7 @@ def test_rows_times_the_matrix_are_the_layers_output(case, lead):
 
 
 @pytest.mark.parametrize("lead", LEADS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", PLAIN, ids=str)
 def test_rows_of_gradients_and_inputs_form_the_weight_gradient(case, lead):
     if unbatched(case, lead):
         return
@@ -82,9 +84,43 @@ def test_rows_of_gradients_and_inputs_form_the_weight_gradient(case, lead):
         assert rows.counts[0] == (lead[0] if lead else 1)
 
 
+def every_part(case: Case) -> list[Layer]:
+    """The case's layer with all that can be trained of it, and with parts of it frozen."""
+    module = case.make()
+    own = [name for name, _ in module.named_parameters()]
+    return [
+        layer
+        for trained in TRAINED
+        if set(trained) <= set(own)
+        for layer in kind_of(module).layers("layer", module, trained)
+    ]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_a_call_shows_gives_the_gradient(case):
+    """Σ b a' is autograd's gradient, for every kind and every part of it that is trained."""
+    for layer in every_part(case):
+        inputs = case.drawn()
+        inputs = (inputs[0],) if isinstance(layer.module, nn.Linear) else inputs
+        given = {"per_sample_weights": inputs[2]} if len(inputs) == 3 else {}
+        out = layer.module(*inputs[:2], **given)
+        (seen,) = layer.kind.watch([layer], Call(inputs[:2], given, out))
+        trained, u = layer.parameters(), torch.randn_like(out)
+        grads = dict(zip(trained, torch.autograd.grad(out, list(trained.values()), u), strict=True))
+        made = gradient_of(seen.a, seen.rows([u]))
+        wanted = layer.kind.matrix(layer, grads)
+        torch.testing.assert_close(made, wanted, rtol=1e-10, atol=1e-12)
+        assert seen.a.width == seen.a.dense().shape[-1]
+        dense = DenseRows(seen.a.dense())
+        weights = torch.rand(seen.a.counts)
+        for structure in (DENSE, DIAGONAL, Blocks(2, seen.a.width)):
+            found = seen.a.second_moment(weights, structure)
+            torch.testing.assert_close(found, dense.second_moment(weights, structure))
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_split_is_the_inverse_of_matrix(case):
-    for layer in layers_of(case):
+    for layer in every_part(case):
         parts = layer.kind.split(layer, layer.kind.matrix(layer, layer.parameters()))
         assert set(parts) == set(layer.trained)
         for name, tensor in layer.parameters().items():
@@ -93,7 +129,7 @@ def test_split_is_the_inverse_of_matrix(case):
 
 @pytest.mark.parametrize("channels", [1, 16])
 @pytest.mark.parametrize("chunk", [1, 1 << 22])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", PLAIN, ids=str)
 def test_rows_that_are_not_laid_out_are_what_they_would_be(case, chunk, channels, monkeypatch):
     monkeypatch.setattr(convolution, "CHUNK", chunk)
     monkeypatch.setattr(convolution, "LEAST_CHANNELS", channels)
@@ -113,7 +149,7 @@ def test_rows_that_are_not_laid_out_are_what_they_would_be(case, chunk, channels
         torch.testing.assert_close(rows.dense(1, 3), dense.rows[..., 1:3, :, :])
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", PLAIN, ids=str)
 def test_memory_format_changes_nothing(case):
     layer = layers_of(case)[0]
     x = torch.randn(3, *case.example)

@@ -9,6 +9,7 @@ from torch import nn
 
 from kronewton.layers.attention import AttentionKind
 from kronewton.layers.base import ENTRIES, TURNED, Call, DenseRows, Kind, Layer, Seen
+from kronewton.layers.bilinear import BilinearKind
 from kronewton.layers.convolution import (
     CONVOLUTIONS,
     TRANSPOSED,
@@ -31,6 +32,7 @@ KINDS: dict[type[nn.Module], Kind] = {
     nn.EmbeddingBag: BagKind(),
     nn.MultiheadAttention: AttentionKind(),
     nn.PReLU: PReLUKind(),
+    nn.Bilinear: BilinearKind(),
     **dict.fromkeys(RECURRENT, RecurrentKind()),
 }
 LONE = LoneKind()
