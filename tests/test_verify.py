@@ -168,13 +168,13 @@ def one_percent_too_far(u: Tensor, *given: Any) -> note.TiedStep:
     return replace(right, u=u + 1.01 * (right.u - u))
 
 
-def a_sum_instead_of_a_mean(stats: Statistics, part: Tensor) -> factors.Moment:
-    right = INPUT_MOMENT(stats, part)
+def a_sum_instead_of_a_mean(stats: Statistics, part: Tensor, *rest: Any) -> factors.Moment:
+    right = INPUT_MOMENT(stats, part, *rest)
     return factors.Moment(right.total * stats.a.counts[0], right.count)
 
 
-def without_weights(stats: Statistics, part: Tensor) -> factors.Moment:
-    return INPUT_MOMENT(replace(stats, weights=part.new_ones(())), part)
+def without_weights(stats: Statistics, part: Tensor, *rest: Any) -> factors.Moment:
+    return INPUT_MOMENT(replace(stats, weights=part.new_ones(())), part, *rest)
 
 
 def a_basis_of_its_own(A: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -69,9 +69,14 @@ class KFAC(Optimizer):
     trust_region: ½Δ'CΔ of a step Δ is at most this multiple of the loss ("auto": 1), or None.
     fisher: "sampled" (draws of the model's own predictions), "exact" (one backward pass for each
         output) or "empirical" (the training gradients; the only one without a criterion).
+    criterion: the loss module, or several whose weighted sum is the loss; None: unknown.
     sharing: how one Kronecker product stands for a weight that is used at several positions:
-        "expand" (every position an example), "reduce" (positions averaged) or "best" (the nearest
-        product in the Frobenius norm, at the cost of per-example gradients).
+        "expand" (every position an example), "reduce" (positions averaged), "best" (the nearest
+        product in the Frobenius norm, at the cost of per-example gradients), or "auto": expand or
+        reduce, by what the first batch shows of each layer. A dictionary gives it by patterns of
+        layers' names, {"encoder.*": "reduce"}.
+    largest_side: up to this many inputs or outputs a layer's factor is kept in full; above, in
+        blocks or as its diagonal, see docs/layers.md. A number, or one by pattern.
     refine: the dial from K-FAC (0) to the exact damped Gauss-Newton step: so many conjugate-
         gradient directions, preconditioned by K-FAC, over all parameters together; fewer once two
         in a row lower the quadratic model by less than `refine_tolerance` of its value.

@@ -71,7 +71,9 @@ class Options:
 
     def sharing_of(self, layer: str) -> str:
         """What was asked for a layer: of the first pattern that its name matches."""
-        return _chosen(self.sharing, layer, AUTO)
+        asked = _chosen(self.sharing, layer, AUTO)
+        # A preconditioner must leave no direction out: factors of few rows do.
+        return "expand" if asked == AUTO and self.refine else asked
 
     def largest_side_of(self, layer: str) -> int:
         """Likewise the side up to which a layer's factor is kept in full."""
