@@ -264,8 +264,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("refine", [0, 2])
+@pytest.mark.parametrize(("kind", "refine"), [*((kind, 0) for kind in KINDS), ("LSTM", 2)])
 def test_frozen_and_thawed_later(kind: str, refine: int) -> None:
     model, criterion, (x, y) = Text(tied=False), nn.CrossEntropyLoss(), sentences()
     optimizer = trained(model, criterion, (x, y), refine=refine)
@@ -790,8 +789,7 @@ def test_another_precision_of_every_kind() -> None:
 
 
 @pytest.mark.parametrize("basis", BASES)
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("refine", [0, 2])
+@pytest.mark.parametrize(("tied", "refine"), [(False, 0), (True, 2)])
 def test_a_resumed_training_of_every_kind(basis: str, tied: bool, refine: int) -> None:
     data = [sentences(k) for k in range(5)]
     options = {"basis": basis, "refine": refine}
@@ -813,7 +811,7 @@ def test_a_resumed_training_of_every_kind(basis: str, tied: bool, refine: int) -
     assert torch.equal(values(again), values(model))
 
 
-@pytest.mark.parametrize(("basis", "tied"), zip(BASES, (False, True, True), strict=True))
+@pytest.mark.parametrize(("basis", "tied"), list(zip(BASES, (False, True, True), strict=True)))
 def test_a_state_of_other_sizes_is_refused(basis: str, tied: bool) -> None:
     criterion = nn.CrossEntropyLoss()
     state = trained(Text(tied), criterion, sentences(), basis=basis).state_dict()
