@@ -13,6 +13,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import mode
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from kronewton.errors import CriterionError, UnsupportedError
 from kronewton.layers import ENTRIES, TURNED, Call, DenseRows, Found, Layer, Seen
 from kronewton.layers.base import at_least_float32
+from kronewton.layers.embedding import TokenRows
 from kronewton.layers.functional import matrices, sightings
 from kronewton.losses import OutputCurvature, check, check_values, curvature
 from kronewton.recording import Recorder, Use
@@ -128,6 +130,8 @@ class Watcher:
             if layer.kind.hooked:
                 self.layers.setdefault(id(layer.module), []).append(layer)
         self._changing = ChangingBuffers(model)
+        self._model = weakref.ref(model)
+        self._waiting: list[_Arrival] = []
         self._recorder = Recorder(self._on_use)
         self._recording: list[bool] = []  # of the modules that are running: whether it was entered
         self._clear()
@@ -158,9 +162,13 @@ class Watcher:
 
     def close(self) -> None:
         """Remove every hook."""
+        self._unwind()
         self._finalizer()
 
     def _clear(self) -> None:
+        for hook in self._waiting:
+            hook.let_go()
+        self._waiting = []
         self.calls: list[LayerCall] = []
         self.parts: list[Part] = []  # committed; the loss's hook holds those that may yet be
         self.foreign = 0  # criterion calls on outputs that no watched layer had a part in
@@ -194,6 +202,7 @@ class Watcher:
 
         And whether two of them are calls of the criterion on one and the same output.
         """
+        self._unwind()
         self._file_arrivals()
         parts = self.parts
         if any(part.call is not None for part in parts):
@@ -313,6 +322,7 @@ class Watcher:
         """Wait for the training gradients in a layer's outputs."""
         for k, output in enumerate(outputs):
             hook = _Arrival(self, call, k)
+            self._waiting.append(hook)
             if isinstance(output, Tensor):
                 output.register_hook(hook)
             else:  # the tensor may have been changed in place since
@@ -323,6 +333,8 @@ class Watcher:
     def _enter(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
+        if module is self._model() and self._watching():
+            self._unwind()
         enters = self.capturing and self._watching() and not any(self._recording)
         enters = enters and not _compiled(module)
         if enters:
@@ -335,6 +347,13 @@ class Watcher:
         if self._recording.pop():
             self._recorder.__exit__(None, None, None)
             self._resolve()
+
+    def _unwind(self) -> None:
+        """Leave the recorder that an interrupt in a forward has left entered."""
+        stack = torch.overrides._get_current_function_mode_stack()
+        if any(self._recording) and stack and stack[-1] is self._recorder:
+            self._recorder.__exit__(None, None, None)
+        self._recording, self._uses = [], []
 
     def _on_use(self, use: Use) -> None:
         if self._watching():
@@ -437,7 +456,7 @@ class Watcher:
     def _backpropagate(self, part: Part, output: Tensor) -> bool:
         """Fill in the part's statistics; False if no watched layer leads to its output."""
         calls = [call for call in self.calls if call.layer.name not in self.unexplained]
-        part.batched = all(call.seen.batched for call in calls)
+        part.batched = not calls or any(call.seen.batched for call in calls)
         if self.fisher.rides_along:
             if part.call is not None or not calls:
                 return bool(calls)
@@ -448,7 +467,7 @@ class Watcher:
             weights = part.curvature().weights
         rows: list[list[Tensor | None]] = []
         with self.paused():  # checkpointed layers run again in here
-            T = _folded(calls, output) if part.batched else 1
+            T = _folded(calls, output) if part.batched else 0
             for cotangent in self.fisher.cotangents(part.curvature(), T):
                 u = cotangent.to(output.dtype)
                 if not wanted.sources:
@@ -546,12 +565,7 @@ class Watcher:
         w = row_weights(weights, N, S)
         if call.seen.present is not None:
             w = with_mask(w, call.seen.present & (b != 0).any(-1).any(0))
-        elif (
-            S > 1
-            and not call.layer.kind.sums(call.layer)
-            and b.dim() == 4
-            and b.device.type == "cpu"
-        ):
+        elif S > 1 and not call.layer.kind.sums(call.layer) and b.dim() == 4:
             w = with_mask(w, (b != 0).any(-1).any(0))
         return Statistics(call.a, b, w, weights.numel() // N if weights.dim() else 0, call.forward)
 
@@ -610,8 +624,9 @@ class Watcher:
         examples: dict[str, int] = {}
         for call, b in arrived:
             examples[call.term] = examples.get(call.term, 0) + b.shape[-3]
-        # The smallest: a layer that is called twice in a forward pass sees its examples twice.
-        N = min(examples.values())
+        # The most common: one that is called twice sees its examples twice, a table of positions
+        # sees none.
+        N = mode(examples.values())
         one = arrived[0][1].new_ones(())
         part = Part(nn.Identity(), one, (), [], weight=one)
         for call, b in arrived:
@@ -635,10 +650,13 @@ class Fisher:
         """Cotangents u at the criterion's input with Σ u u' = Λ, or its expectation.
 
         folded: how many positions of an example stand one after the other in the output's first
-        dimension. Each has its own columns: what lies behind them may be shared.
+        dimension. Each has its own columns: what lies behind them may be shared. 0: the output
+        is one example's.
         """
         if self.mode == "exact":
             for column in at.columns():
+                if not folded:  # one example
+                    yield column
                 for t in range(folded):
                     yield self._signed(_every(column, t, folded))
             return
@@ -653,7 +671,7 @@ class Fisher:
         own gradient, a positional table) would add them up: with signs, their products cancel in
         the mean. Rows of one example only are the same with either sign.
         """
-        if column.dim() < 2 or len(column) == 1:
+        if column.dim() == 0 or len(column) == 1:
             return column
         draw = torch.randint(0, 2, (len(column),), generator=self.generator, device=column.device)
         return column * (2 * draw - 1).to(column.dtype).reshape(-1, *[1] * (column.dim() - 1))
@@ -726,12 +744,19 @@ class _Arrival:
     """On a layer's output: a training gradient has arrived."""
 
     def __init__(self, watcher: Watcher, call: LayerCall, k: int) -> None:
-        self._watcher, self._call, self._k = weakref.ref(watcher), call, k
+        self._watcher, self._k = weakref.ref(watcher), k
+        self._call: LayerCall | None = call
+
+    def let_go(self) -> None:
+        """Forget the call: what it keeps may hold the output, in whose graph this hook is."""
+        self._call = None
 
     def __call__(self, gradient: Tensor) -> None:
         watcher = self._watcher()
         # With grad mode on it is a derivative that the loss is made of, and not the loss's own.
-        if watcher is not None and not watcher._paused and not torch.is_grad_enabled():
+        if watcher is None or watcher._paused or torch.is_grad_enabled():
+            return
+        if self._call is not None:
             watcher._arrived(self._call, self._k, gradient.detach())
 
     def of_node(self, place: int) -> Callable[[tuple[Tensor, ...]], None]:
@@ -746,8 +771,8 @@ class _Arrival:
 
 def _folded(calls: Sequence[LayerCall], output: Tensor) -> int:
     """How many positions of each of the layers' examples the output's first dimension holds."""
-    examples = {call.a.counts[0] for call in calls}
-    N = max(examples, default=0)
+    examples = [call.a.counts[0] for call in calls]
+    N = mode(examples) if examples else 0
     whole = output.dim() > 1 and N > 0 and len(output) % N == 0
     return len(output) // N if whole else 1
 
@@ -867,7 +892,9 @@ def with_mask(weights: Tensor, alive: Tensor) -> Tensor:
     A row that the criterion gives no weight but that others depend on (a prompt, through
     attention) is as much there as the average row.
     """
-    if bool(alive.all()) and (weights.dim() == 0 or bool((weights > 0).all())):
+    # Elsewhere asking would wait for the device.
+    plain = weights.device.type == "cpu" and bool(alive.all())
+    if plain and (weights.dim() == 0 or bool((weights > 0).all())):
         return weights
     spread = weights.expand(alive.shape)
     mean = spread.sum() / (spread > 0).sum().clamp_min(1)
@@ -893,9 +920,18 @@ def _joined(calls: list[Statistics]) -> Statistics:
     weights = first.weights
     if any(s.weights.dim() for s in calls):
         weights = torch.cat([s.weights.expand(s.a.counts) for s in calls], 1)
-    a = DenseRows(torch.cat([s.a.dense() for s in calls], -2))
+    a = _side_by_side([s.a for s in calls])
     b = torch.cat([s.b for s in calls], -2)
     return replace(first, a=a, b=b, weights=weights)
+
+
+def _side_by_side(calls: Sequence[Rows]) -> Rows:
+    """The rows of several calls as more positions of the same examples."""
+    tokens = [a for a in calls if isinstance(a, TokenRows)]
+    if len(tokens) == len(calls) and len({(a.size, a.tokens.shape[-1]) for a in tokens}) == 1:
+        shares = torch.cat([a.shares for a in tokens], 1)
+        return TokenRows(torch.cat([a.tokens for a in tokens], 1), shares, tokens[0].size)
+    return DenseRows(torch.cat([a.dense() for a in calls], -2))
 
 
 def _arguments(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

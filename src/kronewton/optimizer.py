@@ -50,6 +50,7 @@ from kronewton.state import (
 
 NO_CURVATURE = "the batch has shown no finite curvature so far, so that no damping can be chosen"
 NOT_OF_LAYERS = ("previous", "generator", "scalars")  # in a parameter's part of the state
+PARTIAL = "before its state was saved this training had a loss with terms that were not watched"
 NOWHERE = "(no layer)"
 DECAY_UNIT = 1e-3  # weight decay of an automatic step: AdamW's at its usual learning rate
 
@@ -159,6 +160,8 @@ class KFAC(Optimizer):
         self._reasons = found.reasons
         self._names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
         self._layers = layers = found.layers
+        self._guests = found.guests
+        self._known = set() if model is None else {id(p) for p in model.parameters()}
         check_patterns(options, [layer.name for layer in layers])
         self._said: set[str] = set()
         # The dial is over all parameters together; without it those of no kind get the fallback.
@@ -242,8 +245,13 @@ class KFAC(Optimizer):
         seen = by_layer((part.statistics, part.weight) for part in parts)
         self._curvature.learn(seen, planner.decay())
         if watcher.capturing:
+            self._warn_of_new(planner.replayer.model)
             self._warn_of_uncalled(watcher, {layer_of(term) for term in seen})
         self._require_own_parameters()
+        if self._previous is not None:  # the model may have been cast since
+            self._previous = [
+                t.to(p) for t, p in zip(self._previous, self._parameters, strict=True)
+            ]
         gradient = flattened([_gradient(p) for p in self._parameters])
         planner.factor = self._common_factor()
         names: Collection[str] = ()
@@ -306,7 +314,7 @@ class KFAC(Optimizer):
 
     def _require_own_parameters(self) -> None:
         """Refuse a model whose parameters are no longer the ones that the optimizer was given."""
-        for layer in self._layers:
+        for layer in [*self._layers, *self._guests]:
             for name, p in layer.whole().items():
                 if id(p) not in self._place:
                     raise ModelError(
@@ -350,6 +358,16 @@ class KFAC(Optimizer):
                 "was overwritten before step(). The step is K-FAC's own. Return the output that "
                 "the criterion takes, and keep the batch until the step is made."
             )
+
+    def _warn_of_new(self, model: nn.Module) -> None:
+        """Say which parameters have come to the model since, for they are not trained."""
+        for name, p in model.named_parameters():
+            if id(p) not in self._known and p.grad is not None:
+                self._warn(
+                    f"parameter '{name}' was not in the model when KFAC was made, and is not "
+                    "trained. Make the optimizer after the model has been changed, or add it with "
+                    "add_param_group()."
+                )
 
     def _warn_of_uncalled(self, watcher: Watcher, seen: Collection[str]) -> None:
         """Say which layers have a gradient and no curvature, for their step is plain descent."""
@@ -496,6 +514,7 @@ class KFAC(Optimizer):
             return  # torch's own constructor
         new = [p for p in self.param_groups[-1]["params"] if p.requires_grad]
         self._all += new
+        self._known |= {id(p) for p in new}
         self._reasons.update({id(p): "added after the optimizer was made" for p in new})
         if self._fallback is None:
             self._fallback = self._make_fallback(new)
@@ -617,6 +636,7 @@ class KFAC(Optimizer):
             "skipped": self._skipped,
             "capturing": capturing,
             "basis": basis,
+            "partial": self._watcher is not None and bool(self._watcher.partial),
         }
         return {**own, **({} if self._planner is None else planner_scalars(self._planner))}
 
@@ -667,6 +687,7 @@ class KFAC(Optimizer):
         self._steps, self._skipped = int(numbers["steps"] or 0), int(numbers["skipped"] or 0)
         if self._watcher is not None:
             self._watcher.capturing = bool(numbers["capturing"])
+            self._watcher.partial = PARTIAL if numbers["partial"] else ""
         if self._planner is not None:
             restore_planner(self._planner, numbers)
 

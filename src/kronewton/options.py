@@ -137,6 +137,11 @@ def criteria_of(criterion: Any) -> tuple[Any, ...]:
 def check_criteria(criterion: Any, fisher: str) -> tuple[nn.Module, ...]:
     """The criteria, each of them checked."""
     criteria = criteria_of(criterion)
+    if any(one is None for one in criteria):
+        raise OptionError(
+            "criterion is a list with None in it; loss modules are allowed. Leave it out, or pass "
+            "criterion=None where no module computes the loss."
+        )
     for one in criteria or (None,):
         check_criterion(one, fisher)
     if len({id(one) for one in criteria}) < len(criteria):

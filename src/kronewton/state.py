@@ -40,6 +40,7 @@ SCALARS = (
     "broken",
     "lr",
     "basis",
+    "partial",
 )
 
 

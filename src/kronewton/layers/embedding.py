@@ -103,7 +103,7 @@ class TableKind(Kind):
     def sides(self, shape: Sequence[int], largest: int, sharing: str) -> Sides:
         d_out, size = shape[-2:]
         # One token is one axis: only sums of tokens, averages or bags, leave the diagonal.
-        sums = sharing != "expand" and size <= largest
+        sums = sharing in ("reduce", "best") and size <= largest
         return Sides(DENSE if sums else DIAGONAL, side_of(d_out, size, largest))
 
 
@@ -178,10 +178,13 @@ def _bags(module: nn.EmbeddingBag, call: Call, like: Tensor) -> tuple[Tensor, Te
     given = call.argument(0, "input").detach().long().clone()
     weights = call.argument(2, "per_sample_weights")
     weights = like.new_ones(given.shape) if weights is None else weights.detach().to(like.dtype)
+    if given.dim() == 1 and not len(given):  # every bag is empty
+        given, weights = given.new_zeros(1), weights.new_zeros(1)
     if given.dim() == 1:
         offsets = call.argument(1, "offsets").detach()
         if not module.include_last_offset:
-            offsets = torch.cat([offsets, offsets.new_tensor([len(given)])])
+            ends = call.argument(0, "input").shape[0]
+            offsets = torch.cat([offsets, offsets.new_tensor([ends])])
         starts, ends = offsets[:-1], offsets[1:]
         place = torch.arange(int((ends - starts).max().clamp_min(1)), device=given.device)
         at = starts.unsqueeze(1) + place  # (bags, K)

@@ -41,7 +41,8 @@ class NormKind(Kind):
         output = call.output
         if not isinstance(output, Tensor) or not output.requires_grad:
             return None
-        x = kept(call.argument(0, "input"))
+        given = call.argument(0, "input")
+        x = kept(next(iter(call.kwargs.values())) if given is None else given)
         batched = x.dim() >= _batched_dims(layer.module)
         x = x if batched else x.unsqueeze(0)
         normal = normalised(layer.module, x)  # x̂, in the shape of x
