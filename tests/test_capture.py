@@ -18,10 +18,11 @@ from torch.func import functional_call, hessian, jacrev
 from torch.utils.checkpoint import checkpoint
 
 from kronewton import KFAC, structure
-from kronewton.capture import Fisher, Watcher
+from kronewton.capture import Watcher
 from kronewton.curvature import by_layer
 from kronewton.errors import CriterionError
 from kronewton.factors import Factors, batch_factors, reduced_factors, with_corrected
+from kronewton.fisher import Fisher
 from kronewton.layers import find_layers
 from kronewton.options import criteria_of
 from kronewton.planner import Planner

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from cases import CASES, PLAIN, Case
-from kronewton.capture import gradient_of
 from kronewton.layers import KINDS, Call, DenseRows, Layer, convolution, find_layers, kind_of
 from kronewton.layers import linear as linear_module
 from kronewton.layers.base import rows_of, with_bias_entry
+from kronewton.rows import gradient_of
 from kronewton.structure import DENSE, DIAGONAL, Blocks
 
 pytestmark = pytest.mark.usefixtures("float64")

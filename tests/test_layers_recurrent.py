@@ -20,13 +20,13 @@ from torch.nn.utils.rnn import (
 )
 
 import kronewton as kn
-from kronewton.capture import gradient_of
 from kronewton.errors import KronewtonWarning
 from kronewton.layers import Call, Layer, Seen, find_layers, recurrent
 from kronewton.layers.recurrent import Strand, frame_of, rerun, suffixes
 from kronewton.losses import curvature
 from kronewton.quadratic import QuadraticModel, Term
 from kronewton.replay import UNFUSED, ModelCall, Replayer, random_state
+from kronewton.rows import gradient_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -12,7 +12,7 @@ import contextlib
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from statistics import mode
 from typing import Any, ClassVar
 
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kronewton.errors import CriterionError, UnsupportedError
+from kronewton.fisher import Fisher
 from kronewton.layers import ENTRIES, TURNED, Call, DenseRows, Found, Layer, Seen
 from kronewton.layers.base import at_least_float32
-from kronewton.layers.embedding import TokenRows
 from kronewton.layers.functional import matrices, sightings
-from kronewton.losses import OutputCurvature, check, check_values, curvature
+from kronewton.losses import check, check_values
+from kronewton.part import LayerCall, Part, Wanted
 from kronewton.recording import Recorder, Use
 from kronewton.replay import (
     Bridge,
@@ -37,69 +38,14 @@ from kronewton.replay import (
     random_state,
     versions,
 )
+from kronewton.rows import gradient_of, joined, own_gradient, row_weights, tolerance, with_mask
 from kronewton.structure import DIAGONAL
-from kronewton.types import Rows, Statistics
+from kronewton.types import Statistics
 
-CHUNK = 1 << 24  # numbers in the rows that are laid out at a time
 OWN_FUNCTIONS = (nn.MultiheadAttention,)  # modules that are seen from inside, wherever called from
 CHECKED = 3  # captures in which the criteria are compared with the whole loss
 SHARE = 0.02  # of the gradient in the model's outputs that may come from elsewhere
 STRAY_FORWARDS = 8  # forwards without a backward whose graphs are kept at most
-
-
-@dataclass(eq=False)
-class LayerCall:
-    """One use of a layer's matrix: its rows a, and where its output is in the graph."""
-
-    layer: Layer  # whose block gets the statistics
-    term: str  # the name that they are filed under
-    seen: Seen  # without its outputs, which the graph need not keep
-    edges: list[GradientEdge]
-    forward: int  # which forward of the model it belongs to
-
-    @property
-    def a(self) -> Rows:
-        return self.seen.a
-
-    def rows(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """b (…, N, S, d_out)."""
-        return self.seen.rows(gradients)
-
-
-@dataclass(eq=False)
-class Part:
-    """One call of the criterion: a batch, or one of several that make up a step."""
-
-    criterion: nn.Module
-    output: Tensor  # detached
-    targets: tuple[Tensor, ...]
-    versions: list[int]  # of the targets
-    loss: Tensor | None = None  # detached
-    batched: bool = True
-    call: ModelCall | None = None  # None: the model cannot be run again for this part
-    path: Path = ()
-    bridge: Bridge | None = None
-    forwards: frozenset[int] = frozenset()
-    weight: Tensor | None = None  # (), None until a gradient has arrived
-    statistics: dict[str, list[Statistics]] = field(default_factory=dict)
-    expected: dict[int, Tensor] = field(default_factory=dict)  # by output: gradient of the loss
-    _at: OutputCurvature | None = None
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """The same for two parts if and only if they share one output."""
-        place = self.output.data_ptr(), self.output._version
-        return (*place, self.output.shape, self.output.stride())
-
-    def at(self, output: Tensor) -> Part:
-        """The same batch with another output, and without statistics."""
-        return replace(self, output=output.detach(), statistics={}, _at=None)
-
-    def curvature(self) -> OutputCurvature:
-        """Λ of the criterion at this part's output."""
-        if self._at is None:
-            self._at = curvature(self.criterion, self.output, *self.targets, batched=self.batched)
-        return self._at
 
 
 class Watcher:
@@ -505,7 +451,7 @@ class Watcher:
                 b = torch.stack([call.rows(draw) for draw in found], -4)  # (…, V, N, S, d_out)
                 reached.setdefault(call.term, []).append((call, b))
         alone = {
-            layer.name: [_own_gradient(layer, draw, wanted.place) for draw in rows]
+            layer.name: [own_gradient(layer, draw, wanted.place) for draw in rows]
             for layer in (*wanted.alone, *wanted.new)
         }
         for layer in wanted.new:
@@ -547,7 +493,7 @@ class Watcher:
                     squares = call.a.second_moment(None, DIAGONAL).sum()
                     size += first.norm() * squares.sqrt()  # what may have cancelled
         rounding = 100 * torch.finfo(G.dtype).eps * size
-        if bool((made - G).norm() > _tolerance(layer, G) * G.norm() + rounding):
+        if bool((made - G).norm() > tolerance(layer, G) * G.norm() + rounding):
             self.unexplained[layer.name] = (
                 "it is used in a way that cannot be watched, beside or instead of its module's call"
             )
@@ -633,48 +579,6 @@ class Watcher:
             stats = self._statistics(call, b * N**0.5, one / N)
             part.statistics.setdefault(call.term, []).append(stats)
         return [part]
-
-
-class Fisher:
-    """How the rows b are made: exact columns, draws, or the training gradients themselves."""
-
-    def __init__(self, mode: str, draws: int, generator: torch.Generator) -> None:
-        self.mode, self.draws, self.generator = mode, draws, generator
-
-    @property
-    def rides_along(self) -> bool:
-        """Whether the user's own backward pass brings the rows."""
-        return self.mode == "empirical"
-
-    def cotangents(self, at: OutputCurvature, folded: int = 1) -> Iterator[Tensor]:
-        """Cotangents u at the criterion's input with Σ u u' = Λ, or its expectation.
-
-        folded: how many positions of an example stand one after the other in the output's first
-        dimension. Each has its own columns: what lies behind them may be shared. 0: the output
-        is one example's.
-        """
-        if self.mode == "exact":
-            for column in at.columns():
-                if not folded:  # one example
-                    yield column
-                for t in range(folded):
-                    yield self._signed(_every(column, t, folded))
-            return
-        for _ in range(self.draws):
-            draw = at.draw(self.generator)
-            yield draw if self.draws == 1 else draw * self.draws**-0.5
-
-    def _signed(self, column: Tensor) -> Tensor:
-        """A column with a sign drawn for each example.
-
-        One column serves all examples at once. What they share behind the criterion (a parameter's
-        own gradient, a positional table) would add them up: with signs, their products cancel in
-        the mean. Rows of one example only are the same with either sign.
-        """
-        if column.dim() == 0 or len(column) == 1:
-            return column
-        draw = torch.randint(0, 2, (len(column),), generator=self.generator, device=column.device)
-        return column * (2 * draw - 1).to(column.dtype).reshape(-1, *[1] * (column.dim() - 1))
 
 
 class _Hook:
@@ -777,15 +681,6 @@ def _folded(calls: Sequence[LayerCall], output: Tensor) -> int:
     return len(output) // N if whole else 1
 
 
-def _every(column: Tensor, t: int, folded: int) -> Tensor:
-    """The rows t, t + folded, t + 2·folded, … of a column, zero elsewhere."""
-    if folded == 1:
-        return column
-    found = torch.zeros_like(column)
-    found[t::folded] = column[t::folded]
-    return found
-
-
 def _pulled(output: Tensor, sources: Sequence[Any], u: Tensor) -> list[Tensor | None]:
     try:
         return list(torch.autograd.grad(output, list(sources), u, True, allow_unused=True))
@@ -799,64 +694,10 @@ def _pulled(output: Tensor, sources: Sequence[Any], u: Tensor) -> list[Tensor | 
         ) from error
 
 
-class Wanted:
-    """The gradients that one backward pass is asked for, and where each of them will stand."""
-
-    def __init__(
-        self, calls: Sequence[LayerCall], alone: Sequence[Layer], new: Sequence[Layer]
-    ) -> None:
-        self.calls, self.alone, self.new = calls, alone, new
-        self.sources: list[Any] = []
-        self.of_calls: list[slice] = []
-        self.place: dict[int, int] = {}  # of a parameter, by its id
-        for call in calls:
-            self.of_calls.append(slice(len(self.sources), len(self.sources) + len(call.edges)))
-            self.sources += call.edges
-        for layer in (*alone, *new):
-            for p in layer.whole().values():
-                if id(p) not in self.place and p.requires_grad:
-                    self.place[id(p)] = len(self.sources)
-                    self.sources.append(p)
-
-
-def _own_gradient(
-    layer: Layer, gradients: Sequence[Tensor | None], place: Mapping[int, int]
-) -> Tensor | None:
-    """The gradient in a layer's parameters as its matrix; None if the output does not need them."""
-    whole = layer.whole()
-    found = {k: gradients[place[id(p)]] if id(p) in place else None for k, p in whole.items()}
-    if all(g is None for g in found.values()):
-        return None
-    tensors = {}
-    for k, g in found.items():
-        g = torch.zeros_like(whole[k]) if g is None else g
-        tensors[k] = layer.cut(k, at_least_float32(g.to_dense() if g.is_sparse else g))
-    return layer.kind.matrix(layer, tensors)
-
-
-def gradient_of(a: Rows, b: Tensor) -> Tensor:
-    """Σ b a' over rows b (…, N, S, d_out), some examples at a time: (…, d_out, d_in)."""
-    N, S = a.counts
-    step = max(1, CHUNK // max(1, S * a.width))
-    total = b.new_zeros(*b.shape[:-3], b.shape[-1], a.width)
-    for n in range(0, N, step):
-        rows = a.dense(n, n + step).flatten(-3, -2)
-        total += b[..., n : n + step, :, :].flatten(-3, -2).mT @ rows.to(b.dtype)
-    return total
-
-
 def _length(gradients: Mapping[int, Tensor]) -> Tensor:
     """The norm of several tensors together."""
     squares = [g.double().square().sum() for g in gradients.values()]
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
-
-
-def _tolerance(layer: Layer, G: Tensor) -> float:
-    """How far a gradient that is made from rows may be from autograd's by rounding alone."""
-    half = any(p.dtype not in (torch.float32, torch.float64) for p in layer.whole().values())
-    if half or torch.is_autocast_enabled(G.device.type):
-        return 0.3
-    return 1e-6 if G.dtype == torch.float64 else 1e-2
 
 
 def _device(args: Any, kwargs: Any) -> str:
@@ -869,69 +710,6 @@ def _compiled(module: nn.Module) -> bool:
         getattr(m, "_compiled_call_impl", None) is not None or "_orig_mod" in m._modules
         for m in module.modules()
     )
-
-
-def row_weights(weights: Tensor, N: int, S: int) -> Tensor:
-    """The weights of a criterion's positions (N, *positions), carried to the rows of a layer.
-
-    Position by position where the shapes agree; summed over an example's positions and spread
-    over its rows where only the examples agree; the mean for all rows otherwise.
-    """
-    if not any(weights.stride()):  # one number, expanded
-        return weights.flatten()[0] if weights.numel() else weights.new_zeros(())
-    if weights.numel() == N * S:
-        return weights.reshape(N, S)
-    if weights.dim() > 0 and weights.shape[0] == N:
-        return weights.reshape(N, -1).mean(1, keepdim=True).expand(N, S)
-    return weights.mean()
-
-
-def with_mask(weights: Tensor, alive: Tensor) -> Tensor:
-    """Weights of rows (N, S) where rows that nothing flows back to are not there.
-
-    A row that the criterion gives no weight but that others depend on (a prompt, through
-    attention) is as much there as the average row.
-    """
-    # Elsewhere asking would wait for the device.
-    plain = weights.device.type == "cpu" and bool(alive.all())
-    if plain and (weights.dim() == 0 or bool((weights > 0).all())):
-        return weights
-    spread = weights.expand(alive.shape)
-    mean = spread.sum() / (spread > 0).sum().clamp_min(1)
-    return torch.where(alive, torch.where(spread > 0, spread, mean), torch.zeros_like(spread))
-
-
-def joined(calls: list[Statistics]) -> list[Statistics]:
-    """A layer's calls in one forward pass as one: its examples at more positions.
-
-    Calls with different numbers of examples stay apart, and so do different forward passes.
-    """
-    groups: dict[tuple[int, int, int], list[Statistics]] = {}
-    for stats in calls:
-        key = (stats.forward, stats.a.counts[0], stats.b.shape[-4])
-        groups.setdefault(key, []).append(stats)
-    return [_joined(group) for group in groups.values()]
-
-
-def _joined(calls: list[Statistics]) -> Statistics:
-    first = calls[0]
-    if len(calls) == 1:
-        return first
-    weights = first.weights
-    if any(s.weights.dim() for s in calls):
-        weights = torch.cat([s.weights.expand(s.a.counts) for s in calls], 1)
-    a = _side_by_side([s.a for s in calls])
-    b = torch.cat([s.b for s in calls], -2)
-    return replace(first, a=a, b=b, weights=weights)
-
-
-def _side_by_side(calls: Sequence[Rows]) -> Rows:
-    """The rows of several calls as more positions of the same examples."""
-    tokens = [a for a in calls if isinstance(a, TokenRows)]
-    if len(tokens) == len(calls) and len({(a.size, a.tokens.shape[-1]) for a in tokens}) == 1:
-        shares = torch.cat([a.shares for a in tokens], 1)
-        return TokenRows(torch.cat([a.tokens for a in tokens], 1), shares, tokens[0].size)
-    return DenseRows(torch.cat([a.dense() for a in calls], -2))
 
 
 def _arguments(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

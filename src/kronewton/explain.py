@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronewton.capture import Fisher, Part, Watcher
+from kronewton.capture import Watcher
 from kronewton.coverage import html_table, readable_bytes, text_table
 from kronewton.curvature import by_layer
 from kronewton.errors import CriterionError, ModelError, OptionError
 from kronewton.factors import Observation
+from kronewton.fisher import Fisher
 from kronewton.ladder import Distances, distances
 from kronewton.layers import ENTRIES, TURNED, Found, Layer, find_layers
 from kronewton.options import check_criterion
+from kronewton.part import Part
 from kronewton.replay import ModelCall, Replayer, random_state
 
 DISTANCES = tuple(field.name for field in fields(Distances))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kronewton.capture import Fisher, Part, Watcher
+from kronewton.capture import Watcher
 from kronewton.coverage import Coverage, Row, covered, shape_of
 from kronewton.curvature import Curvature, by_layer, due, due_in_turn, layer_of
 from kronewton.errors import (
@@ -21,6 +21,7 @@ from kronewton.errors import (
     StateError,
     UnsupportedError,
 )
+from kronewton.fisher import Fisher
 from kronewton.layers import ENTRIES, Found, Layer, find_layers
 from kronewton.layers.base import at_least_float32
 from kronewton.options import (
@@ -33,6 +34,7 @@ from kronewton.options import (
     check_parameters,
     check_patterns,
 )
+from kronewton.part import Part
 from kronewton.planner import Plan, Planner, Steering
 from kronewton.quadratic import Vector, flattened
 from kronewton.replay import Replayer

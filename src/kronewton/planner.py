@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from kronewton.adapt import FIRST_TRIALS, Fixed, LevenbergMarquardt, Rule, Settings, StepInfo
-from kronewton.capture import Part
 from kronewton.curvature import Curvature, due
 from kronewton.errors import NotPositiveDefinite
 from kronewton.options import AUTO, Options
+from kronewton.part import Part
 from kronewton.quadratic import (
     Dial,
     Line,
