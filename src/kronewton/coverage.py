@@ -92,7 +92,9 @@ def covered(layer: Layer, curvature: Curvature, basis: str, why: str) -> tuple[s
         return "not yet", "—", memory
     parts = ["sum of two K-FAC" if len(terms) == 2 else f"K-FAC {basis}"]
     parts += dict.fromkeys(s.described() for s in sides if s.described())
-    sharing = dict.fromkeys(curvature.sharing(term) for term in terms or [layer.name])
+    found = dict.fromkeys(curvature.sharing(term) for term in terms or [layer.name])
+    # Not chosen yet after a batch: it has seen the layer at one position of each example only.
+    sharing = ["—" if how == "auto" and terms else how for how in found]
     return "; ".join(parts), "summed" if layer.kind.sums(layer) else ", ".join(sharing), memory
 
 
