@@ -1,7 +1,7 @@
 """The scale and shift of norms: y = w∘x̂ + bias.
 
 A is the 1×1 matrix [1] and b an example's own gradient, summed over its positions: B ⊗ A is then
-the exact block of both parameters together, for any batch.
+the exact block of both parameters together, for any batch whose examples do not mix.
 """
 
 from __future__ import annotations
