@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import kronewton as kn
 import oracles
-from cases import CASES, Case
+from cases import PLAIN, Case
 from kronewton.layers import base, convolution
 from oracles import distance
 from reading import PINNED, after, apart, backward, normal, read_blocks, scale_of
@@ -204,7 +204,7 @@ def test_9_three_steps_do_not_know_how_the_batch_came(basis: str, sharing: str) 
     assert distance(three(X.repeat(2, 1, 1, 1), CLASSES.repeat(2)), whole) <= 1e-9
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", PLAIN, ids=str)
 def test_every_form_of_every_kind_makes_the_contracts_step(case: Case) -> None:
     """One example through one layer, squared error at every position: expand is exact."""
     model, x = network(case.make()), normal(2, *case.example)

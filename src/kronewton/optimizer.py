@@ -247,9 +247,10 @@ class KFAC(Optimizer):
         seen = by_layer((part.statistics, part.weight) for part in parts)
         self._curvature.learn(seen, planner.decay())
         if watcher.capturing:
-            self._warn_of_new(planner.replayer.model)
             self._warn_of_uncalled(watcher, {layer_of(term) for term in seen})
         self._require_own_parameters()
+        if watcher.capturing:
+            self._warn_of_new(planner.replayer.model)
         if self._previous is not None:  # the model may have been cast since
             self._previous = [
                 t.to(p) for t, p in zip(self._previous, self._parameters, strict=True)
