@@ -364,7 +364,7 @@ def test_parameters_without_curvature_are_named(monkeypatch: pytest.MonkeyPatch)
     assert session.uncovered(begin(rival="kfac")) is None
     assert session.uncovered(begin(rival="sgd")) is None
     row = begin(rival="kfac").optimizer.coverage().rows[0]  # type: ignore[attr-defined]
-    rows = (row, replace(row, parameter="1.weight", why="no kind covers it"))
+    rows = (row, replace(row, parameter="1.weight", curved=False))
     monkeypatch.setattr(kn.KFAC, "coverage", lambda _: SimpleNamespace(rows=rows))
     assert "no curvature for 1.weight: see" in (session.uncovered(begin(rival="kfac")) or "")
 

@@ -123,7 +123,7 @@ def uncovered(run: Run) -> str | None:
     if not isinstance(run.optimizer, kn.KFAC):
         return None
     coverage = run.optimizer.coverage()
-    names = [row.parameter for row in coverage.rows if row.why]
+    names = [row.parameter for row in coverage.rows if not row.curved]
     if not names:
         return None
     return f"K-FAC has no curvature for {', '.join(names)}: see `kronewton explain`."
