@@ -1,4 +1,4 @@
-"""Rules that choose the damping. Scalars in, scalars out; nothing here knows a tensor.
+"""Rules that choose the damping and the pace. Scalars in, scalars out; nothing knows a tensor.
 
 Two dampings are told apart, as in Martens & Grosse 2015, sections 6.5 and 6.6. λ belongs to the
 quadratic model and says how far it is trusted; γ goes into the inverses that make the direction.
@@ -44,6 +44,14 @@ class Rule(ABC):
         """After γ·probe was tried in place of γ, and was better for the quadratic model or not."""
 
     @abstractmethod
+    def heard(self, settings: Settings, noise: float | None) -> Settings:
+        """After the noise was measured, or not (None), in a step that the rule does not decide."""
+
+    @abstractmethod
+    def normalises(self, settings: Settings, now: bool) -> bool:
+        """Whether steps should be normalised, given whether they are now."""
+
+    @abstractmethod
     def averaging(self, settings: Settings) -> float:
         """Weight of earlier directions against this one's; 0: whatever the quadratic model says."""
 
@@ -57,6 +65,12 @@ class Fixed(Rule):
 
     def probed(self, settings: Settings, better: bool, scale: float) -> Settings:
         return settings
+
+    def heard(self, settings: Settings, noise: float | None) -> Settings:
+        return settings
+
+    def normalises(self, settings: Settings, now: bool) -> bool:
+        return now
 
     def averaging(self, settings: Settings) -> float:
         return 0.0
@@ -79,6 +93,9 @@ class LevenbergMarquardt(Rule):
     batches. γ then has a low ceiling: what one batch wants most is a step along its own noise, and
     that is plain gradient descent. All bounds are relative to the curvature's mean eigenvalue, so
     that multiplying the loss changes nothing.
+
+    Where a step gains less than two batches differ (`drowned`), steps are normalised instead, see
+    `Pacing`: they cost less and rely on no batch's curvature. Without noise, Newton's return.
     """
 
     drop: float = 0.7
@@ -90,10 +107,11 @@ class LevenbergMarquardt(Rule):
     noisy_ceiling: float = 0.03  # of γ
     noisy_averaging: float = 0.8
     silence: float = 0.1
+    drowned: float = 1.0  # the noise from which steps are normalised
     noise_memory: float = 0.5
 
     def update(self, settings: Settings, info: StepInfo) -> Settings:
-        settings = replace(settings, noise=self._noise(settings.noise, info.noise))
+        settings = self.heard(settings, info.noise)
         if not info.predicted < 0:
             return settings
         factor = self.drop**info.steps
@@ -108,6 +126,12 @@ class LevenbergMarquardt(Rule):
         low = max(self.floor, self.noisy_floor * min(1.0, settings.noise)) * info.scale
         damping = min(max(damping, low), self.ceiling * info.scale)
         return self._with_inverse(replace(settings, damping=damping), 1.0, info.scale)
+
+    def heard(self, settings: Settings, noise: float | None) -> Settings:
+        return replace(settings, noise=self._noise(settings.noise, noise))
+
+    def normalises(self, settings: Settings, now: bool) -> bool:
+        return settings.noise >= (self.silence if now else self.drowned)
 
     def _with_inverse(self, settings: Settings, factor: float, scale: float) -> Settings:
         """γ times a factor, between its bounds."""
@@ -135,3 +159,71 @@ class LevenbergMarquardt(Rule):
 
 FIRST_TRIALS = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 """Dampings tried before the first step, over the curvature's mean eigenvalue, largest first."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """The learning rate of normalised steps, and what it was chosen by."""
+
+    lr: float = math.nan  # of one coordinate; NaN: not chosen yet
+    ceiling: float = math.inf  # what the quadratic model allows
+    slope: float = 0.0  # of the model along the steps, running
+    bend: float = 0.0  # Δ'CΔ along them, running
+    square: float = 0.0  # of the agreement, running
+    steps: int = 0
+    shrunk: float = 1.0  # the bounds' factor after steps that were taken back
+
+
+@dataclass(frozen=True)
+class Pacing:
+    """The length of normalised steps, from two measurements.
+
+    The batch's exact quadratic model along the step has its minimum at −slope/bend. That is too far
+    for a step that is to be followed by others on other batches: the ceiling is a `share` of it,
+    with slope and bend averaged apart, for their ratio is what noise distorts.
+    Below it, the agreement of successive steps decides (Riedmiller & Braun 1993, of the whole
+    step): where the new gradient still wants the last step, lr grows, where it wants it back, lr
+    falls. Both would, with noise, stop at once what pays only later, and the lower bound, Adam's
+    usual learning rate, is there against that short sight (Wu et al. 2018).
+    """
+
+    share: float = 0.5
+    lowest: float = 1e-3
+    highest: float = 0.1
+    first: float = 1e-3  # without a model
+    sensitivity: float = 0.1  # of log lr
+    agreement_memory: float = 0.9
+    model_memory: float = 0.5
+
+    def modelled(self, pace: Pace, slope: float, bend: float) -> Pace:
+        """After the quadratic model was asked along this step: its slope, and Δ'CΔ, for lr 1."""
+        w = self.model_memory
+        slope, bend = w * pace.slope + (1 - w) * slope, w * pace.bend + (1 - w) * bend
+        if not (math.isfinite(slope) and math.isfinite(bend)):
+            return pace
+        ceiling = self.share * max(-slope, 0.0) / bend if bend > 0 else math.inf
+        return replace(pace, slope=slope, bend=bend, ceiling=ceiling)
+
+    def agreed(self, pace: Pace, agreement: float | None) -> Pace:
+        """One step on. agreement: −⟨gradient, last step⟩ for lr 1; None: there was none."""
+        steps = pace.steps + 1
+        if math.isnan(pace.lr):
+            first = self.first if math.isinf(pace.ceiling) else self.highest
+            return replace(pace, lr=min(first, max(pace.ceiling, self.lowest)), steps=steps)
+        if agreement is None or not math.isfinite(agreement):
+            return replace(pace, steps=steps)
+        w = self.agreement_memory
+        square = w * pace.square + (1 - w) * agreement**2
+        size = math.sqrt(square / (1 - w ** (steps - 1)))
+        relative = min(1.0, max(-1.0, agreement / size)) if size > 0 else 0.0
+        lr = pace.lr * math.exp(self.sensitivity * relative)
+        low, high = self.lowest * pace.shrunk, self.highest * pace.shrunk
+        return replace(pace, lr=min(max(lr, low), high), square=square, steps=steps)
+
+    def lr(self, pace: Pace) -> float:
+        """Of the step that is made now."""
+        return min(pace.lr, max(pace.ceiling, self.lowest * pace.shrunk))
+
+    def failed(self, pace: Pace) -> Pace:
+        """After a step that was taken back."""
+        return replace(pace, lr=pace.lr / 4, shrunk=pace.shrunk / 4)

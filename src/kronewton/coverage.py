@@ -79,7 +79,7 @@ class Coverage:
         return html_table(self.HEADER, self.cells(), self.summary())
 
 
-def covered(layer: Layer, curvature: Curvature, basis: str, why: str) -> tuple[str, str, int]:
+def covered(layer: Layer, curvature: Curvature, why: str) -> tuple[str, str, int]:
     """How a layer is covered: method, sharing, and the bytes of curvature that it keeps."""
     terms = curvature.terms(layer.name)
     lone = isinstance(layer.kind, LoneKind)
@@ -90,7 +90,7 @@ def covered(layer: Layer, curvature: Curvature, basis: str, why: str) -> tuple[s
     sides = [curvature.sides(term) for term in terms or [layer.name] if not lazy(layer)]
     if not terms and curvature.known:
         return "not yet", "—", memory
-    parts = ["sum of two K-FAC" if len(terms) == 2 else f"K-FAC {basis}"]
+    parts = ["sum of two K-FAC" if len(terms) == 2 else f"K-FAC {curvature.basis}"]
     parts += dict.fromkeys(s.described() for s in sides if s.described())
     found = dict.fromkeys(curvature.sharing(term) for term in terms or [layer.name])
     # Not chosen yet after a batch: it has seen the layer at one position of each example only.

@@ -28,6 +28,7 @@ from kronewton.inverse import (
     factored_inverse,
 )
 from kronewton.layers import ENTRIES, TURNED, Layer
+from kronewton.normalised import Moments, restored
 from kronewton.pair import (
     ExactPairInverse,
     PairInverse,
@@ -35,11 +36,13 @@ from kronewton.pair import (
     common_sides,
     exact_pair,
     oriented,
+    pair_basis,
     pair_inverse,
 )
 from kronewton.structure import DENSE, DIAGONAL, Sides, side_of
 from kronewton.types import Statistics
 
+ADAM = "adam"  # the basis of normalised steps
 HOW = ("", TURNED, ENTRIES)  # a layer's matrix can be seen
 ENTRIES_DECAY = 0.95  # of running squares of gradients, at least
 LEAST = 1e-10  # of the scale over the largest that there was
@@ -59,7 +62,7 @@ def due_in_turn(step: int, every: int, names: Sequence[str]) -> set[str]:
 
 
 class Curvature:
-    """Running factors and inverses of all layers, in one of the three bases.
+    """Running factors and inverses of all layers, in one of the four bases.
 
     A layer's block is the sum of its terms: its matrix as it is, turned (a table that is also a
     linear layer), or, where no rows can be seen, entry by entry.
@@ -78,6 +81,7 @@ class Curvature:
         self.chosen: dict[str, str] = {}  # of a term: expand or reduce, where that is automatic
         self.factors: dict[str, Factors] = {}  # of a term
         self.inverses: dict[str, Inverse] = {}  # of a layer
+        self.moments: dict[str, Moments] = {}  # of a layer, in basis "adam"
         self._batch: dict[str, Sequence[Observation]] = {}  # what was learnt in this step
         self.largest = 0.0  # of all scales so far
         self.scale = 0.0  # mean eigenvalue of all blocks together, in units of the loss
@@ -198,11 +202,21 @@ class Curvature:
 
     def _up_to_date(self, name: str) -> bool:
         """Whether a layer has an inverse, and of all its terms."""
+        if self.basis == ADAM:
+            return name in self.inverses
         pair = isinstance(self.inverses.get(name), (PairInverse, ExactPairInverse))
         return name in self.inverses and pair == (len(self.terms(name)) == 2)
 
     def _refresh_layer(self, name: str, damping: float) -> None:
         terms = self.terms(name)
+        if self.basis == ADAM:
+            new = self._common_basis(name)
+            if name in self.moments and self.moments[name].m.shape != new.s.shape:
+                del self.moments[name]  # its rows can be seen now: its entries had no basis
+            if name in self.moments:
+                self.moments[name].turn_(self._eigen(name), new)
+            self.inverses[name] = new
+            return
         if self.basis == "factored" or len(terms) == 2:
             self.inverses[name] = self._damped(name, damping)
             return
@@ -244,6 +258,46 @@ class Curvature:
         make = pair_inverse if self.basis == "factored" else exact_pair
         return make(first, second, damping, name)
 
+    def _common_basis(self, name: str) -> EigenInverse:
+        """One eigenbasis for all terms of a layer, on the sides of its own matrix."""
+        products = [
+            oriented(f.B.mean, f.A.mean, f.sides, t.endswith(TURNED))
+            for t in self.terms(name)
+            for f in [self.factors[t]]
+        ]
+        if len(products) == 2:
+            return pair_basis(products[0], products[1], name)
+        (one,) = products
+        return eigen_basis(one.Q, one.P, name, one.sides)
+
+    def _own_sides(self, term: str) -> Sides:
+        """How a term's factors are stored, on the sides of the layer's own matrix."""
+        sides = self.factors[term].sides
+        return Sides(sides.output, sides.input) if term.endswith(TURNED) else sides
+
+    def _eigen(self, name: str) -> EigenInverse | None:
+        inverse = self.inverses.get(name)
+        return inverse if isinstance(inverse, EigenInverse) else None
+
+    def change_basis(self, basis: str) -> None:
+        """Let go of all inverses, and keep them in another form from now on."""
+        self.basis = basis
+        self.inverses, self.moments = {}, {}
+
+    def normalised(self, name: str, G: Tensor, decay: float) -> Tensor:
+        """Adam's step for a layer's gradient, in its eigenbasis; in its own entries without one."""
+        basis = self._eigen(name)
+        shape = G.shape
+        if basis is not None:
+            G = G.to(basis.s.dtype)
+            if self.terms(name) == [name + ENTRIES]:
+                G = G.reshape(-1, 1)
+            G = basis.rotate(G)
+        if name not in self.moments or self.moments[name].m.shape != G.shape:
+            self.moments[name] = Moments(G)
+        step = self.moments[name].step_(G, None if basis is None else basis.s, decay)
+        return step if basis is None else basis.rotate_back(step).reshape(shape)
+
     def with_damping(self, damping: float) -> dict[str, Inverse]:
         """The inverses as they would be with another damping."""
         if self.basis != "factored":
@@ -283,6 +337,8 @@ class Curvature:
                 kept[f"reduced{how}"] = factors.A.count.new_tensor(float(reduced))
         if kept and name in self.inverses:
             kept.update({f"inverse_{k}": t for k, t in self.inverses[name].tensors().items()})
+        if name in self.moments:
+            kept.update({f"moments_{k}": t for k, t in self.moments[name].tensors().items()})
         return kept
 
     def load(self, name: str, kept: Mapping[str, Tensor]) -> None:
@@ -301,9 +357,15 @@ class Curvature:
         inverse = {k.removeprefix("inverse_"): t for k, t in kept.items() if "inverse_" in k}
         if inverse:
             self.inverses[name] = self._restored(name, inverse)
+        steps = {k.removeprefix("moments_"): t for k, t in kept.items() if "moments_" in k}
+        if steps:
+            self.moments[name] = restored(steps)
 
     def _restored(self, name: str, kept: Mapping[str, Tensor]) -> Inverse:
         terms = self.terms(name)
+        if self.basis == ADAM:
+            own = [self._own_sides(term) for term in terms]
+            return EigenInverse(**kept, sides=common_sides(own[0], own[-1]))
         if len(terms) == 1:
             make = FactoredInverse if self.basis == "factored" else EigenInverse
             return make(**kept, sides=self.factors[terms[0]].sides)

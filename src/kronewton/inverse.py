@@ -59,10 +59,17 @@ class EigenInverse(Inverse):
         return self.U_A, self.U_B
 
     def apply(self, G: Tensor, damping: float) -> Tensor:
+        return self.rotate_back(divided(self.rotate(G), self.s, damping))
+
+    def rotate(self, G: Tensor) -> Tensor:
+        """U_B' G U_A."""
         on_input, on_output = self.sides
-        rotated = on_input.rotate_rows(on_output.rotate(self.U_B, G), self.U_A)
-        rotated = divided(rotated, self.s, damping)
-        return on_input.rotate_rows_back(on_output.rotate_back(self.U_B, rotated), self.U_A)
+        return on_input.rotate_rows(on_output.rotate(self.U_B, G), self.U_A)
+
+    def rotate_back(self, G: Tensor) -> Tensor:
+        """U_B G U_A'."""
+        on_input, on_output = self.sides
+        return on_input.rotate_rows_back(on_output.rotate_back(self.U_B, G), self.U_A)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"U_A": self.U_A, "U_B": self.U_B, "s": self.s}

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from kronewton.capture import Watcher
 from kronewton.coverage import Coverage, Row, covered, shape_of
-from kronewton.curvature import Curvature, by_layer, due, due_in_turn, layer_of
+from kronewton.curvature import ADAM, Curvature, by_layer, due, due_in_turn, layer_of
 from kronewton.errors import (
     CriterionError,
     KronewtonWarning,
@@ -85,8 +85,11 @@ class KFAC(Optimizer):
         in a row lower the quadratic model by less than `refine_tolerance` of its value.
     curvature_batches: how many of the last batches make up the quadratic model's curvature; they
         are not saved with the state.
-    basis: "factored" (π-damped factors), "eigen" ((B ⊗ A + damping·I)⁻¹ exactly) or "corrected"
-        (the same with the exact block's diagonal in that basis, EKFAC).
+    basis: "factored" (π-damped factors), "eigen" ((B ⊗ A + damping·I)⁻¹ exactly), "corrected"
+        (the same with the exact block's diagonal in that basis, EKFAC) or "adam" (Adam's moments in
+        that basis: normalised steps, undamped; momentum is the first one's decay). "auto" is
+        "factored", and "adam" while a step gains less than two batches differ, where lr, momentum
+        and damping are automatic, too.
     factor_every, inverse_every: steps between renewals. adapt_every: between decisions on λ.
     factor_decay: weight of the running factors against one new batch.
         "auto" goes by what is known of the noise between batches: see docs/adaptation.md.
@@ -110,7 +113,7 @@ class KFAC(Optimizer):
         trust_region: float | str | None = AUTO,
         fisher: str = "sampled",
         sharing: str | Mapping[str, str] = AUTO,
-        basis: str = "factored",
+        basis: str = AUTO,
         refine: int = 0,
         refine_tolerance: float = 0.0,
         curvature_batches: int = 1,
@@ -179,7 +182,7 @@ class KFAC(Optimizer):
         self._generator.manual_seed(options.seed)
         self._fisher = Fisher(mode, options.draws, self._generator)
         self._curvature = Curvature(
-            layers, options.basis, options.sharing_of, options.largest_side_of
+            layers, options.first_basis, options.sharing_of, options.largest_side_of
         )
         self._watcher: Watcher | None = None
         self._planner: Planner | None = None
@@ -197,7 +200,7 @@ class KFAC(Optimizer):
                 self._curvature,
                 Replayer(model, self._parameters),
                 self._watcher.paused,
-                Steering(self._precondition, self._scaled, self._gradients),
+                Steering(self._precondition, self._scaled, self._gradients, self._normalise),
             )
         rest = [p for p in all_parameters if id(p) not in self._place]
         self._fallback = self._make_fallback(rest)
@@ -258,17 +261,20 @@ class KFAC(Optimizer):
         gradient = flattened([_gradient(p) for p in self._parameters])
         planner.factor = self._common_factor()
         names: Collection[str] = ()
-        if planner.settings is None and self._curvature.scale > 0:
+        self._settle(planner)
+        searching = planner.settings is None and not planner.normalising
+        if searching and self._curvature.scale > 0:
             planner.settings = planner.first_settings(parts, gradient)
             names = self._curvature.known  # the search leaves inverses of its last trial
         factor_every, inverse_every = planner.intervals()
         names = names or due_in_turn(self._steps, inverse_every, list(self._curvature.layers))
         plan = None
-        if planner.settings is not None:
-            self._curvature.refresh(names, planner.settings.inverse_damping)
+        if planner.settings is not None or planner.normalising:
+            damping = 0.0 if planner.settings is None else planner.settings.inverse_damping
+            self._curvature.refresh(names, damping)
             plan = planner.plan(self._steps, parts, gradient, self._previous)
             self._warn_of_products(planner, parts)
-        if planner.settings is None and not self._curvature.scale:
+        if searching and planner.settings is None and not self._curvature.scale:
             self._skip(NO_CURVATURE)
         elif plan is None:
             self._skip()
@@ -283,6 +289,11 @@ class KFAC(Optimizer):
         self._curvature.forget_batch()
         self._steps += 1
         watcher.capturing = due(self._steps, factor_every)
+
+    def _settle(self, planner: Planner) -> None:
+        """Let the noise choose the basis."""
+        if planner.settle():
+            self._previous = None  # of steps of the other kind
 
     def _required(self, watcher: Watcher) -> list[Part]:
         """The parts of this step, or a sentence that says why there is none."""
@@ -394,16 +405,26 @@ class KFAC(Optimizer):
 
     def _precondition(self, vector: Vector, damping: float) -> list[Tensor]:
         """(B ⊗ A + damping·I)⁻¹ v for one tensor per stepped parameter."""
+        return self._by_layer(vector, lambda name, G: self._curvature.apply(name, G, damping))
+
+    def _normalise(self, decay: float) -> list[Tensor]:
+        """Adam's step in the eigenbases, one tensor per stepped parameter."""
+        return self._by_layer(
+            self._gradients(), lambda name, G: self._curvature.normalised(name, G, decay)
+        )
+
+    def _by_layer(self, vector: Vector, of_layer: Callable[[str, Tensor], Tensor]) -> list[Tensor]:
+        """What becomes of one tensor per stepped parameter, layer by layer as matrices."""
         found: list[Tensor | None] = [None] * len(self._parameters)
         for layer in self._layers:
             at = {name: self._place[id(p)] for name, p in layer.whole().items()}
             tensors = {name: layer.cut(name, vector[i]) for name, i in at.items()}
             G = at_least_float32(layer.kind.matrix(layer, tensors))  # (…, d_out, d_in)
-            D = self._curvature.apply(layer.name, G, damping)
+            D = of_layer(layer.name, G)
             for name, tensor in layer.kind.split(layer, D).items():
                 self._put(found, at[name], layer.parts.get(name), tensor)
         for i in self._uncovered:  # in the quadratic model, but of no kind
-            found[i] = self._curvature.apply(NOWHERE, vector[i], damping)
+            found[i] = of_layer(NOWHERE, vector[i])
         # Rows of a packed parameter that are in no layer do not move.
         return [torch.zeros_like(v) if f is None else f for f, v in zip(found, vector, strict=True)]
 
@@ -557,7 +578,7 @@ class KFAC(Optimizer):
             return Row(name, shape, "—", method, why, "—", 0, curved)
         unexplained = self._watcher.unexplained if self._watcher is not None else {}
         why = unexplained.get(layers[0].name, why) or self._unseen(layers)
-        covers = [covered(layer, self._curvature, self.options.basis, why) for layer in layers]
+        covers = [covered(layer, self._curvature, why) for layer in layers]
         methods = dict.fromkeys(method for method, _, _ in covers)
         sharing = dict.fromkeys(sharing for _, sharing, _ in covers)
         kind = ", ".join(dict.fromkeys(layer.kind.name for layer in layers))
@@ -592,6 +613,7 @@ class KFAC(Optimizer):
             "shortened": math.nan if plan is None else plan.shortened,
             "refined": 0 if plan is None else plan.refined,
             "broken_refinements": 0 if planner is None else planner.broken,
+            "normalised": planner is not None and planner.normalising,
             "noise": math.nan if settings is None else settings.noise,
             "scale": self._curvature.scale,
             "skipped": self._skipped,
@@ -633,7 +655,7 @@ class KFAC(Optimizer):
 
     def _scalars(self) -> dict[str, float | None]:
         capturing = self._watcher is not None and self._watcher.capturing
-        basis = float(BASES.index(self.options.basis))
+        basis = float(BASES.index(self._curvature.basis))
         own = {
             "steps": self._steps,
             "skipped": self._skipped,
@@ -651,10 +673,11 @@ class KFAC(Optimizer):
         theirs, ours = split(state_dict)
         numbers = read_scalars(ours.get(0, {}).get("scalars"))
         saved = BASES[int(numbers["basis"] or 0)]
-        if saved != self.options.basis:
+        own_basis = self.options.basis
+        if saved != own_basis and not (own_basis == AUTO and saved in ("factored", ADAM)):
             raise StateError(
                 f"the state_dict was saved with basis={saved!r} and this optimizer has "
-                f"{self.options.basis!r}. Build it with the basis that the state was saved with."
+                f"{own_basis!r}. Build it with the basis that the state was saved with."
             )
         own = [len(group["params"]) for group in self.param_groups]
         require_same_groups([len(group["params"]) for group in theirs["param_groups"]], own)
@@ -666,7 +689,8 @@ class KFAC(Optimizer):
             saved_here = ours.get(self._index[id(_first(layer))], {})
             largest = self.options.largest_side_of(layer.name)
             require_same_layer(layer, _of_layer(layer, saved_here), largest)
-        self._curvature.factors, self._curvature.inverses = {}, {}
+        self._curvature.factors = {}
+        self._curvature.change_basis(saved)
         self._curvature.chosen = {}
         super().load_state_dict(theirs)
         if self._fallback is not None:

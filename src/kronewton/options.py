@@ -16,7 +16,7 @@ AUTO = "auto"
 FISHERS = ("sampled", "exact", "empirical")
 SHARINGS = ("auto", "expand", "reduce", "best")
 LARGEST_SIDE = 4096
-BASES = ("factored", "eigen", "corrected")
+BASES = ("factored", "eigen", "corrected", "adam")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Options:
             _choice(f"sharing{pattern}", value, SHARINGS)
         for pattern, side in _by_pattern("largest_side", self.largest_side):
             _count(f"largest_side{pattern}", side, 1)
-        _choice("basis", self.basis, BASES)
+        _choice("basis", self.basis, (AUTO, *BASES))
+        self._check_normalised()
         for name in ("factor_every", "inverse_every", "adapt_every"):
             _count(name, getattr(self, name), 1, auto=True)
         _count("draws", self.draws, 1)
@@ -68,6 +69,31 @@ class Options:
         if not isinstance(self.factor_decay, str) and self.factor_decay >= 1:
             raise OptionError(f"factor_decay must lie in [0, 1), not {self.factor_decay!r}.")
         _number("fallback_lr", self.fallback_lr, 0.0)
+
+    def _check_normalised(self) -> None:
+        if self.basis != "adam":
+            return
+        if self.refine:
+            raise OptionError(
+                f"refine={self.refine} and basis='adam' exclude each other: a normalised step is "
+                "on no way to Newton's. Use another basis, or refine=0."
+            )
+        if self.damping != AUTO:
+            raise OptionError(
+                f"damping={self.damping!r} has no use with basis='adam': normalised steps are not "
+                "damped. Leave it at 'auto', or use basis='eigen'."
+            )
+
+    @property
+    def first_basis(self) -> str:
+        """The basis to start with."""
+        return "factored" if self.basis == AUTO else self.basis
+
+    @property
+    def may_normalise(self) -> bool:
+        """Whether the basis may change with the noise: where nothing is fixed by a number."""
+        automatic = self.lr == self.momentum == self.damping == AUTO
+        return self.basis == AUTO and automatic and not self.refine
 
     def sharing_of(self, layer: str) -> str:
         """What was asked for a layer: of the first pattern that its name matches."""

@@ -7,14 +7,14 @@ terms between the uses are left out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kronewton.conjugate import Solver, conjugate_gradients
 from kronewton.errors import NotPositiveDefinite
-from kronewton.inverse import Inverse, balance
+from kronewton.inverse import EigenInverse, Inverse, balance, eigen_basis
 from kronewton.linalg import JITTERS, diagonal
 from kronewton.structure import DENSE, DIAGONAL, PLAIN, Blocks, Sides, Structure
 
@@ -109,6 +109,27 @@ def pair_inverse(first: Product, second: Product, damping: float, name: str) -> 
 def exact_pair(first: Product, second: Product, damping: float, name: str) -> ExactPairInverse:
     """The same to rounding, however the damping changes afterwards."""
     return ExactPairInverse(first, second, pair_inverse(first, second, damping, name))
+
+
+def pair_basis(first: Product, second: Product, name: str) -> EigenInverse:
+    """The eigenbasis of the product of both partial traces of P₁ ⊗ Q₁ + P₂ ⊗ Q₂, over its trace.
+
+    One basis for a sum of two products that share none. Where they are the same product it is that
+    product's own. Raises NotPositiveDefinite, naming the layer.
+    """
+    sides = common_sides(first.sides, second.sides)
+    both = [
+        (
+            _stored_as(one.P, one.sides.output, sides.output),
+            _stored_as(one.Q, one.sides.input, sides.input),
+        )
+        for one in (first, second)
+    ]
+    P = sum((sides.input.diagonal(Q).sum() * P for P, Q in both), torch.zeros(()))
+    Q = sum((sides.output.diagonal(P).sum() * Q for P, Q in both), torch.zeros(()))
+    basis = eigen_basis(Q, P, name, sides)
+    trace = sides.input.diagonal(Q).sum().clamp_min(torch.finfo(Q.dtype).tiny)
+    return replace(basis, s=basis.s / trace)
 
 
 def common_sides(first: Sides, second: Sides) -> Sides:

@@ -15,9 +15,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kronewton.adapt import FIRST_TRIALS, Fixed, LevenbergMarquardt, Rule, Settings, StepInfo
-from kronewton.curvature import Curvature, due
+from kronewton.adapt import (
+    FIRST_TRIALS,
+    Fixed,
+    LevenbergMarquardt,
+    Pace,
+    Pacing,
+    Rule,
+    Settings,
+    StepInfo,
+)
+from kronewton.curvature import ADAM, Curvature, due
 from kronewton.errors import NotPositiveDefinite
+from kronewton.normalised import FIRST_DECAY
 from kronewton.options import AUTO, Options
 from kronewton.part import Part
 from kronewton.quadratic import (
@@ -39,6 +49,7 @@ MOMENTUM = 0.5  # where no quadratic model chooses it
 DAMPING = 10.0  # over the curvature's mean eigenvalue, likewise
 DECREASE = 1e-3  # g'(B ⊗ A + λI)⁻¹g of a step over the loss (over 1 if unknown), at most
 RENEWALS = {  # steps between renewals of factors and of inverses, by what is known of the noise
+    "normalised": (10, 20),  # a second moment is only as good as the basis that it is taken in
     "noise": (10, 40),  # averages have to run over many batches anyway
     "unknown": (5, 20),
     "none": (2, 10),
@@ -48,6 +59,9 @@ DECAY, QUIET_DECAY = 0.95, 0.5  # of running factors, where averages make up for
 TRIAL_EVERY, NOISY_TRIAL_EVERY = 5, 20  # steps between trials of γ, which cost inversions
 ADAPT_EVERY = 5  # steps between decisions on λ, which cost a forward pass
 REFINED_DROP = 0.5  # of λ a step, where the model is all but solved in every one
+LISTEN_EVERY = 20  # steps between measurements of the noise while steps are normalised
+FIRST_STEPS, MODEL_EVERY = 5, 5  # normalised steps that each have a quadratic model, then between
+FAR_WORSE = 0.1  # of the loss's unit: what a normalised step may lose before it is taken back
 RAISE = 10  # λ after a step that is taken back
 
 
@@ -89,6 +103,7 @@ class Steering:
     precondition: Callable[[Vector, float], list[Tensor]]  # (B ⊗ A + damping·I)⁻¹ v, all layers
     scaled: Callable[[Sequence[Tensor]], list[Tensor]]  # by the groups' lr, where it is a number
     gradients: Callable[[], list[Tensor]]
+    normalised: Callable[[float], list[Tensor]]  # m/√v in the eigenbases; decay of m → all layers
 
 
 class Planner:
@@ -104,7 +119,7 @@ class Planner:
     ) -> None:
         self.options, self.curvature, self.replayer = options, curvature, replayer
         self.unwatched, self.steering = unwatched, steering
-        self.rule = _rule(options)
+        self.rule, self.pacing, self.pace = _rule(options), Pacing(), Pace()
         self.settings: Settings | None = None  # None: to be found before the first step
         if not isinstance(options.damping, str):
             self.settings = Settings(options.damping, options.damping)
@@ -116,6 +131,22 @@ class Planner:
         self._earlier: deque[list[Part]] = deque(maxlen=options.curvature_batches - 1)
         self.factor = 1.0  # of an automatic step, by the groups' lr; NaN: not the same for all
         self.lr = 0.0  # of the last step that the quadratic model planned
+
+    @property
+    def normalising(self) -> bool:
+        """Whether steps are normalised, and not Newton's."""
+        return self.curvature.basis == ADAM
+
+    def settle(self) -> bool:
+        """Go over to normalised steps or back, as the noise has it; True if the basis changed."""
+        if not self.options.may_normalise or self.settings is None:
+            return False
+        wanted = self.rule.normalises(self.settings, self.normalising)
+        if wanted == self.normalising:
+            return False
+        self.curvature.change_basis(ADAM if wanted else self.options.first_basis)
+        self.pace = Pace()
+        return True
 
     def direct(self, damping: float) -> list[Tensor]:
         """d = −(B ⊗ A + damping·I)⁻¹ g, times the group's lr where that is a number."""
@@ -144,6 +175,8 @@ class Planner:
 
     def _known(self) -> str:
         """What is known of the noise: a key of RENEWALS."""
+        if self.normalising:
+            return "normalised"
         if self.settings is not None and self.rule.averaging(self.settings) > 0:
             return "noise"
         if self.settings is None or self.noise is None or self.options.damping != AUTO:
@@ -169,6 +202,8 @@ class Planner:
         if self.outcome is not None and self.models(parts):
             after, change = self.outcome
             self.noise = abs(loss_of(parts) - after) / max(abs(change), 1e-30)
+            if self.normalising and self.settings is not None:
+                self.settings = self.rule.heard(self.settings, self.noise)
         self.outcome = None
 
     def first_settings(self, parts: Sequence[Part], gradient: Tensor) -> Settings:
@@ -208,6 +243,8 @@ class Planner:
         previous: list[Tensor] | None,
     ) -> Plan | None:
         """Choose the coefficients; None if the gradient or the curvature is not finite."""
+        if self.normalising:
+            return self._normalised(parts, gradient, previous)
         assert self.settings is not None
         direction = self.direct(self.settings.inverse_damping)
         if self.models(parts):
@@ -250,6 +287,33 @@ class Planner:
         lr, momentum = found.coefficients(x)
         self.lr = lr
         return Plan(found.direction, lr, momentum, (), refined, predicted, shortened)
+
+    def _normalised(
+        self, parts: Sequence[Part], gradient: Tensor, previous: list[Tensor] | None
+    ) -> Plan | None:
+        """A step of Adam in the eigenbases, at the pace of the rule."""
+        if not math.isfinite(float(gradient.sum())):  # it would stay in the moments
+            return None
+        options = self.options
+        decay = FIRST_DECAY if isinstance(options.momentum, str) else float(options.momentum)
+        direction = self.steering.scaled([t.neg() for t in self.steering.normalised(decay)])
+        if options.lr != AUTO:
+            return Plan(direction, 1.0, 0.0)
+        found, count = None, self.pace.steps + 1
+        if (count <= FIRST_STEPS or count % MODEL_EVERY == 0) and self.models(parts):
+            try:
+                model = self._quadratic(parts)
+                found = model.subspace(gradient, [model.line(direction)])
+                self.pace = self.pacing.modelled(self.pace, found.slope[0], found.bend([1.0]))
+            except MissingProducts:
+                pass
+        agreement = None
+        if previous is not None and self.pace.steps:
+            agreement = -float(torch.dot(gradient, flattened(previous))) / self.lr
+        self.pace = self.pacing.agreed(self.pace, agreement)
+        self.lr = self.pacing.lr(self.pace)
+        predicted = math.nan if found is None else found.value([self.factor * self.lr], 0.0)
+        return Plan(direction, self.lr, 0.0, predicted=predicted)
 
     def _refined_step(
         self, model: QuadraticModel, gradient: Tensor, found: Candidate, parts: Sequence[Part]
@@ -404,6 +468,8 @@ class Planner:
 
     def judges(self, step: int, parts: Sequence[Part], plan: Plan) -> bool:
         """Whether the step of this plan will be judged, so that it may have to be taken back."""
+        if self.normalising:
+            return self.options.lr == AUTO and self.models(parts) and due(step, LISTEN_EVERY)
         if self.options.damping != AUTO or math.isnan(plan.predicted):
             return False
         # Where curvature is nearly gone promises are small against the loss's unit, or more than
@@ -417,9 +483,18 @@ class Planner:
 
     def judge(self, step: int, parts: Sequence[Part], plan: Plan) -> bool:
         """Ask the rule. False if the step is so bad that it must be taken back."""
-        assert self.settings is not None
         before, after = loss_of(parts), self._loss_with(parts, None)
         change = after - before
+        if self.normalising:
+            # One step on one batch may well be uphill where it is noise; not by so much.
+            fine = change <= max(abs(before), FAR_WORSE * _weight_of(parts))
+            if fine:
+                self.outcome = (after, change)
+            else:
+                self.pace = self.pacing.failed(self.pace)
+                self.undone += 1
+            return fine
+        assert self.settings is not None
         shown = _rounding(parts) * abs(before)
         if abs(plan.predicted) <= shown and abs(change) <= shown:
             change = plan.predicted  # less than the loss can show was promised, and came

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronewton.adapt import Settings
+from kronewton.adapt import Pace, Settings
 from kronewton.errors import StateError
 from kronewton.layers import ENTRIES, TURNED, Layer
 from kronewton.planner import Planner
 from kronewton.structure import DENSE, DIAGONAL, side_of
 
-VERSION = 3
+VERSION = 4
 PREFIX = "kfac_"  # in front of every key of ours, beside those of the fallback
 SCALARS = (
     "version",
@@ -41,6 +41,13 @@ SCALARS = (
     "lr",
     "basis",
     "partial",
+    "pace",
+    "ceiling",
+    "slope",
+    "bend",
+    "square",
+    "paced",
+    "shrunk",
 )
 
 
@@ -79,6 +86,13 @@ def planner_scalars(planner: Planner) -> dict[str, float | None]:
         "undone": planner.undone,
         "broken": planner.broken,
         "lr": planner.lr,
+        "pace": planner.pace.lr,
+        "ceiling": planner.pace.ceiling,
+        "slope": planner.pace.slope,
+        "bend": planner.pace.bend,
+        "square": planner.pace.square,
+        "paced": planner.pace.steps,
+        "shrunk": planner.pace.shrunk,
     }
 
 
@@ -87,6 +101,7 @@ def restore_planner(planner: Planner, numbers: Mapping[str, float | None]) -> No
     planner.asked, planner.undone = int(numbers["asked"] or 0), int(numbers["undone"] or 0)
     planner.broken = int(numbers["broken"] or 0)
     planner.lr = numbers["lr"] or 0.0
+    planner.pace = _pace(numbers)
     planner.forget_earlier()
     planner.curvature.largest = numbers["largest"] or 0.0
     planner.curvature.scale, planner.noise = numbers["scale"] or 0.0, numbers["noise_seen"]
@@ -97,6 +112,19 @@ def restore_planner(planner: Planner, numbers: Mapping[str, float | None]) -> No
         planner.settings = Settings(*[numbers[k] or 0.0 for k in keys])
     after, change = numbers["after"], numbers["change"]
     planner.outcome = None if after is None or change is None else (after, change)
+
+
+def _pace(numbers: Mapping[str, float | None]) -> Pace:
+    lr, ceiling, shrunk = numbers["pace"], numbers["ceiling"], numbers["shrunk"]
+    return Pace(
+        math.nan if lr is None else lr,
+        math.inf if ceiling is None else ceiling,
+        numbers["slope"] or 0.0,
+        numbers["bend"] or 0.0,
+        numbers["square"] or 0.0,
+        int(numbers["paced"] or 0),
+        1.0 if shrunk is None else shrunk,
+    )
 
 
 def split(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]]]:

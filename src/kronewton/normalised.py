@@ -1,0 +1,66 @@
+"""Adam's moments of the gradient in K-FAC's eigenbasis: steps for gradients that are mostly noise.
+
+A Newton step divides by the curvature, and where a gradient is noise it divides noise. A normalised
+step moves every coordinate about equally far whatever its gradient's size, and coordinates are told
+apart best along the eigenvectors of the factors (Vyas et al. 2024 with Shampoo's factors).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kronewton.inverse import EigenInverse
+
+FIRST_DECAY, SECOND_DECAY = 0.8, 0.95
+PRIOR = 20  # steps that the curvature's word on the second moment is worth, at first
+LEAST = 1e-5  # of a layer's root mean square: a coordinate's gradient below counts as this
+TINY = 1e-30
+
+
+class Moments:
+    """Of one layer: m, the mean, and v, the mean square of its gradient in an eigenbasis."""
+
+    def __init__(self, like: Tensor, steps: int = 0) -> None:
+        self.m, self.v = torch.zeros_like(like), torch.zeros_like(like)  # (…, d_out, d_in)
+        self.steps = steps
+
+    def step_(self, rotated: Tensor, s: Tensor | None, decay: float) -> Tensor:
+        """m/√v after one more gradient, both without the bias of their start.
+
+        s: the curvature's eigenvalues. A gradient's variance is proportional to them if the model
+        is right about its own noise (Fisher = Hessian), so that they say which coordinates of the
+        first few gradients are signal. One number for each layer, fitted, makes up for the unit.
+        """
+        self.steps += 1
+        self.m.lerp_(rotated, 1 - decay)
+        self.v.mul_(SECOND_DECAY).addcmul_(rotated, rotated, value=1 - SECOND_DECAY)
+        past = SECOND_DECAY**self.steps
+        seen, prior = 1 - past, (1 - SECOND_DECAY**PRIOR) * past
+        second = self.v / seen
+        if s is not None and prior > LEAST:
+            total = s.sum()
+            # Fitted only where there is something to fit: a layer can be without curvature.
+            unit = torch.where(total > 0, second.sum() / total.clamp_min(TINY), 0.0)
+            second = torch.where(
+                total > 0, (seen * second + prior * unit * s) / (seen + prior), second
+            )
+        root = second.sqrt() + LEAST * second.mean().sqrt()
+        return self.m / (1 - decay**self.steps) / root.clamp_min(TINY)
+
+    def turn_(self, old: EigenInverse | None, new: EigenInverse) -> None:
+        """Carry m into a new basis. v is left: bases change little, and it forgets in 20 steps."""
+        self.m = new.rotate(self.m if old is None else old.rotate_back(self.m))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that must be saved."""
+        return {"m": self.m, "v": self.v, "steps": self.m.new_tensor(float(self.steps))}
+
+
+def restored(kept: Mapping[str, Tensor]) -> Moments:
+    """The inverse of `Moments.tensors`."""
+    moments = Moments(kept["m"], int(kept["steps"]))
+    moments.m, moments.v = kept["m"], kept["v"]
+    return moments

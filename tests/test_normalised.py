@@ -1,0 +1,257 @@
+"""Normalised steps: Adam's moments in the eigenbasis, their pace, and when they are taken."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kronewton as kn
+from kronewton.adapt import Fixed, LevenbergMarquardt, Pace, Pacing, Settings
+from kronewton.errors import KronewtonWarning, OptionError, StateError
+from kronewton.inverse import eigen_basis
+from kronewton.normalised import FIRST_DECAY, SECOND_DECAY, Moments
+from kronewton.pair import Product, pair_basis
+from kronewton.structure import DENSE, DIAGONAL, Sides
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+PACING = Pacing()
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def second_moment(d: int, seed: int) -> Tensor:
+    rows = drawn(3 * d, d, seed=seed)
+    return rows.T @ rows / (3 * d)
+
+
+# The moments.
+
+
+def test_without_a_curvature_it_is_adam_of_torch():
+    parameter = nn.Parameter(torch.zeros(3, 4))
+    adam = torch.optim.Adam([parameter], lr=1.0, betas=(FIRST_DECAY, SECOND_DECAY), eps=0.0)
+    moments, at = Moments(torch.zeros(3, 4)), torch.zeros(3, 4)
+    for k in range(6):
+        parameter.grad = drawn(3, 4, seed=k)
+        adam.step()
+        at -= moments.step_(drawn(3, 4, seed=k), None, FIRST_DECAY)
+    # To the floor under the root, 1e-5 of the layer's root mean square.
+    torch.testing.assert_close(at, parameter.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_curvature_speaks_at_first_and_is_forgotten():
+    s = drawn(3, 4).square() + 0.1
+    with_s, without = Moments(torch.zeros(3, 4)), Moments(torch.zeros(3, 4))
+    one, other = (m.step_(drawn(3, 4, seed=1), at, 0.8) for m, at in ((with_s, s), (without, None)))
+    assert other.abs().allclose(torch.ones(3, 4), atol=1e-3)  # the sign of a single gradient
+    assert not one.abs().allclose(torch.ones(3, 4), atol=0.1)
+    for k in range(300):
+        one, other = (
+            m.step_(drawn(3, 4, seed=k), at, 0.8) for m, at in ((with_s, s), (without, None))
+        )
+    torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e6])
+def test_a_loss_in_another_unit_gives_the_same_steps(scale):
+    s = drawn(3, 4).square()
+    one, other = Moments(torch.zeros(3, 4)), Moments(torch.zeros(3, 4))
+    for k in range(4):
+        g = drawn(3, 4, seed=k)
+        torch.testing.assert_close(
+            one.step_(g, s, 0.8), other.step_(scale * g, scale * s, 0.8), rtol=1e-6, atol=0
+        )
+
+
+def test_nothing_is_nothing():
+    moments = Moments(torch.zeros(2, 2))
+    for s in (None, torch.zeros(2, 2), torch.ones(2, 2)):
+        assert moments.step_(torch.zeros(2, 2), s, 0.8).equal(torch.zeros(2, 2))
+
+
+def test_a_new_basis_leaves_the_mean_gradient_where_it_was():
+    old = eigen_basis(second_moment(4, 1), second_moment(3, 2), "layer")
+    new = eigen_basis(second_moment(4, 3), second_moment(3, 4), "layer")
+    moments, G = Moments(torch.zeros(3, 4)), drawn(3, 4)
+    moments.step_(old.rotate(G), old.s, 0.8)
+    moments.turn_(old, new)
+    torch.testing.assert_close(new.rotate_back(moments.m), 0.2 * G)
+
+
+# One basis for two products.
+
+
+@pytest.mark.parametrize("sides", [Sides(), Sides(DENSE, DIAGONAL)])
+def test_the_common_basis_of_a_product_and_itself_is_its_own(sides):
+    A, B = second_moment(4, 1), sides.output.of_dense(second_moment(3, 2))
+    one = Product(B, A, sides)
+    own, found = eigen_basis(A, B, "layer", sides), pair_basis(one, one, "layer")
+    torch.testing.assert_close(found.s, 2 * own.s)
+    torch.testing.assert_close(found.U_A.abs(), own.U_A.abs())
+
+
+def test_the_common_basis_diagonalises_the_partial_traces():
+    first = Product(second_moment(3, 1), second_moment(4, 2), Sides())
+    second = Product(second_moment(3, 3), second_moment(4, 4), Sides())
+    block = sum(torch.kron(one.P, one.Q) for one in (first, second)).reshape(3, 4, 3, 4)
+    basis = pair_basis(first, second, "layer")
+    for trace, U in (
+        (torch.einsum("aibi->ab", block), basis.U_B),
+        (torch.einsum("aiaj->ij", block), basis.U_A),
+    ):
+        turned = U.T @ trace @ U
+        torch.testing.assert_close(turned, turned.diagonal().diag())
+
+
+# The pace.
+
+
+def test_the_first_pace_is_a_share_of_what_the_model_wants_within_bounds():
+    for best, lr in ((0.01, 0.005), (10.0, 0.1), (1e-5, 1e-3), (-1.0, 1e-3)):
+        pace = PACING.agreed(PACING.modelled(Pace(), -best, 1.0), None)
+        assert PACING.lr(pace) == pytest.approx(lr)
+    assert PACING.lr(PACING.agreed(Pace(), None)) == pytest.approx(PACING.first)
+
+
+def test_agreement_raises_the_pace_and_disagreement_lowers_it():
+    up = down = Pace(lr=0.01, steps=1)
+    for _ in range(10):
+        up, down = PACING.agreed(up, 3.0), PACING.agreed(down, -3.0)
+    assert PACING.lr(up) > 0.02
+    assert PACING.lr(down) < 0.005
+    for _ in range(200):
+        up, down = PACING.agreed(up, 3.0), PACING.agreed(down, -3.0)
+    assert PACING.lr(up) == pytest.approx(PACING.highest)
+    assert PACING.lr(down) == pytest.approx(PACING.lowest)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, None])
+def test_a_measurement_that_is_no_number_changes_nothing(bad):
+    pace = Pace(lr=0.01, ceiling=0.02, slope=-1.0, bend=1.0, steps=3)
+    assert replace(PACING.agreed(pace, bad), steps=3) == pace
+    assert bad is None or PACING.modelled(pace, bad, 1.0) == pace
+
+
+def test_after_a_step_that_was_taken_back_lower_paces_are_allowed():
+    pace = Pace(lr=PACING.lowest, ceiling=0.0, steps=9)
+    for _ in range(3):
+        pace = PACING.failed(pace)
+    assert PACING.lr(pace) == pytest.approx(PACING.lowest / 64)
+
+
+# When.
+
+
+def test_steps_are_normalised_once_they_gain_less_than_batches_differ_and_until_noise_is_gone():
+    rule = LevenbergMarquardt()
+    at = [Settings(1.0, 1.0, noise=noise) for noise in (0.05, 0.5, 1.0, 2.0)]
+    assert [rule.normalises(settings, False) for settings in at] == [False, False, True, True]
+    assert [rule.normalises(settings, True) for settings in at] == [False, True, True, True]
+    assert rule.heard(at[0], 2.0).noise == pytest.approx(1.025)
+    assert rule.heard(at[0], None) == at[0]
+    assert Fixed().heard(at[0], 2.0) == at[0]
+
+
+def training(steps: int, batches, seed: int = 0, **options):
+    """Steps on what `batches(step)` gives; the optimizer and whether each step was normalised."""
+    torch.manual_seed(seed)
+    model, criterion = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), nn.MSELoss()
+    optimizer = kn.KFAC(model, criterion, **options)
+    kinds = []
+    for step in range(steps):
+        x, y = batches(step)
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+        kinds.append(bool(optimizer.diagnostics()["normalised"]))
+    return optimizer, kinds, model, criterion
+
+
+def noisy(step: int) -> tuple[Tensor, Tensor]:
+    return drawn(8, 6, seed=2 * step), drawn(8, 3, seed=2 * step + 1)
+
+
+def test_noise_brings_normalised_steps_and_its_end_brings_newtons_back():
+    def batches(step: int) -> tuple[Tensor, Tensor]:
+        return noisy(step if step < 60 else 60)
+
+    _, kinds, model, criterion = training(200, batches)
+    assert any(kinds[:60])
+    assert not kinds[-1]
+    x, y = noisy(60)
+    with torch.no_grad():  # 8 examples, which a network of 8 hidden units fits
+        assert float(criterion(model(x), y)) < 1e-3
+
+
+def test_without_noise_no_step_is_normalised():
+    _, kinds, _, _ = training(40, lambda step: noisy(0))
+    assert not any(kinds)
+
+
+@pytest.mark.parametrize("options", [{"basis": "factored"}, {"damping": 0.1}, {"lr": 0.1}])
+def test_what_is_fixed_stays_newtons(options):
+    _, kinds, _, _ = training(40, noisy, **options)
+    assert not any(kinds)
+
+
+def test_a_number_for_lr_is_the_step_of_every_coordinate():
+    optimizer, kinds, model, criterion = training(1, noisy, basis="adam", lr=0.0)
+    assert kinds == [True]
+    before = model[0].weight.detach().clone()
+    optimizer.param_groups[0]["lr"] = 0.01
+    x, y = noisy(0)
+    optimizer.zero_grad()
+    criterion(model(x), y).backward()
+    optimizer.step()
+    moved = model[0].weight.detach() - before
+    # An orthogonal basis leaves the root mean square of ±0.01 as it is, but for the prior.
+    assert 0.002 < float(moved.square().mean().sqrt()) < 0.03
+
+
+def test_a_gradient_that_is_no_number_does_not_stay_in_the_moments():
+    def batches(step: int) -> tuple[Tensor, Tensor]:
+        x, y = noisy(step)
+        return (x * math.nan, y) if step == 5 else (x, y)
+
+    with pytest.warns(KronewtonWarning, match="skipped"):
+        optimizer, _, model, _ = training(12, batches, basis="adam")
+    assert float(optimizer.diagnostics()["skipped"]) == 1
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    assert float(optimizer.diagnostics()["step"]) == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"refine": 2}, "refine=2 and basis='adam' exclude each other"),
+        ({"damping": 0.1}, "damping=0.1 has no use with basis='adam'"),
+    ],
+)
+def test_what_normalised_steps_cannot_do_is_refused(options, message):
+    with pytest.raises(OptionError, match=message):
+        kn.KFAC(nn.Linear(2, 2), nn.MSELoss(), basis="adam", **options)
+
+
+def test_a_state_from_normalised_steps_goes_into_auto_and_adam_only():
+    optimizer, kinds, model, criterion = training(30, noisy)
+    assert kinds[-1]
+    state = optimizer.state_dict()
+    optimizer.close()
+    with pytest.raises(StateError, match="saved with basis='adam'"):
+        kn.KFAC(model, criterion, basis="factored").load_state_dict(state)
+    again = kn.KFAC(model, criterion)
+    again.load_state_dict(state)
+    assert bool(again.diagnostics()["normalised"])
+
+
+def test_coverage_says_so():
+    optimizer, kinds, _, _ = training(30, noisy)
+    assert kinds[-1]
+    assert {row.method for row in optimizer.coverage().rows} == {"K-FAC adam"}
