@@ -187,11 +187,11 @@ class Pacing:
     usual learning rate, is there against that short sight (Wu et al. 2018).
     """
 
-    share: float = 0.5
+    share: float = 1.6
     lowest: float = 1e-3
     highest: float = 0.1
-    first: float = 1e-3  # without a model
-    sensitivity: float = 0.1  # of log lr
+    first: float = 1e-2
+    sensitivity: float = 0.06  # of log lr
     agreement_memory: float = 0.9
     model_memory: float = 0.5
 
@@ -208,8 +208,7 @@ class Pacing:
         """One step on. agreement: −⟨gradient, last step⟩ for lr 1; None: there was none."""
         steps = pace.steps + 1
         if math.isnan(pace.lr):
-            first = self.first if math.isinf(pace.ceiling) else self.highest
-            return replace(pace, lr=min(first, max(pace.ceiling, self.lowest)), steps=steps)
+            return replace(pace, lr=self.first, steps=steps)
         if agreement is None or not math.isfinite(agreement):
             return replace(pace, steps=steps)
         w = self.agreement_memory

@@ -295,7 +295,7 @@ class Curvature:
             G = basis.rotate(G)
         if name not in self.moments or self.moments[name].m.shape != G.shape:
             self.moments[name] = Moments(G)
-        step = self.moments[name].step_(G, None if basis is None else basis.s, decay)
+        step = self.moments[name].step_(G, decay)
         return step if basis is None else basis.rotate_back(step).reshape(shape)
 
     def with_damping(self, damping: float) -> dict[str, Inverse]:

@@ -15,7 +15,6 @@ from torch import Tensor
 from kronewton.inverse import EigenInverse
 
 FIRST_DECAY, SECOND_DECAY = 0.8, 0.95
-PRIOR = 20  # steps that the curvature's word on the second moment is worth, at first
 LEAST = 1e-5  # of a layer's root mean square: a coordinate's gradient below counts as this
 TINY = 1e-30
 
@@ -27,26 +26,12 @@ class Moments:
         self.m, self.v = torch.zeros_like(like), torch.zeros_like(like)  # (…, d_out, d_in)
         self.steps = steps
 
-    def step_(self, rotated: Tensor, s: Tensor | None, decay: float) -> Tensor:
-        """m/√v after one more gradient, both without the bias of their start.
-
-        s: the curvature's eigenvalues. A gradient's variance is proportional to them if the model
-        is right about its own noise (Fisher = Hessian), so that they say which coordinates of the
-        first few gradients are signal. One number for each layer, fitted, makes up for the unit.
-        """
+    def step_(self, rotated: Tensor, decay: float) -> Tensor:
+        """m/√v after one more gradient, both without the bias of their start."""
         self.steps += 1
         self.m.lerp_(rotated, 1 - decay)
         self.v.mul_(SECOND_DECAY).addcmul_(rotated, rotated, value=1 - SECOND_DECAY)
-        past = SECOND_DECAY**self.steps
-        seen, prior = 1 - past, (1 - SECOND_DECAY**PRIOR) * past
-        second = self.v / seen
-        if s is not None and prior > LEAST:
-            total = s.sum()
-            # Fitted only where there is something to fit: a layer can be without curvature.
-            unit = torch.where(total > 0, second.sum() / total.clamp_min(TINY), 0.0)
-            second = torch.where(
-                total > 0, (seen * second + prior * unit * s) / (seen + prior), second
-            )
+        second = self.v / (1 - SECOND_DECAY**self.steps)
         root = second.sqrt() + LEAST * second.mean().sqrt()
         return self.m / (1 - decay**self.steps) / root.clamp_min(TINY)
 

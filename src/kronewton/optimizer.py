@@ -267,7 +267,9 @@ class KFAC(Optimizer):
             planner.settings = planner.first_settings(parts, gradient)
             names = self._curvature.known  # the search leaves inverses of its last trial
         factor_every, inverse_every = planner.intervals()
-        names = names or due_in_turn(self._steps, inverse_every, list(self._curvature.layers))
+        names = names or due_in_turn(
+            planner.age(self._steps), inverse_every, list(self._curvature.layers)
+        )
         plan = None
         if planner.settings is not None or planner.normalising:
             damping = 0.0 if planner.settings is None else planner.settings.inverse_damping
@@ -288,7 +290,7 @@ class KFAC(Optimizer):
         planner.remember(parts)
         self._curvature.forget_batch()
         self._steps += 1
-        watcher.capturing = due(self._steps, factor_every)
+        watcher.capturing = due(planner.age(self._steps), factor_every)
 
     def _settle(self, planner: Planner) -> None:
         """Let the noise choose the basis."""

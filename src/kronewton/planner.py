@@ -165,6 +165,10 @@ class Planner:
         )
         return factors, inverses
 
+    def age(self, step: int) -> int:
+        """Steps of the kind that is made now, which renewals go by: a new kind starts afresh."""
+        return self.pace.steps if self.normalising else step
+
     def decay(self) -> float:
         """The weight of the running factors against one new batch."""
         if not isinstance(self.options.factor_decay, str):
@@ -298,6 +302,7 @@ class Planner:
         decay = FIRST_DECAY if isinstance(options.momentum, str) else float(options.momentum)
         direction = self.steering.scaled([t.neg() for t in self.steering.normalised(decay)])
         if options.lr != AUTO:
+            self.pace = replace(self.pace, steps=self.pace.steps + 1)
             return Plan(direction, 1.0, 0.0)
         found, count = None, self.pace.steps + 1
         if (count <= FIRST_STEPS or count % MODEL_EVERY == 0) and self.models(parts):
