@@ -66,7 +66,7 @@ def test_counts_are_whole_and_at_least_one(name, value):
     [
         ("fisher", "'sampled', 'exact', 'empirical'"),
         ("sharing", "'auto', 'expand', 'reduce', 'best'"),
-        ("basis", "'factored', 'eigen', 'corrected'"),
+        ("basis", "'auto', 'factored', 'eigen', 'corrected', 'adam'"),
     ],
 )
 @pytest.mark.parametrize("value", ["EXACT", "", None, 3, ["exact"]])
