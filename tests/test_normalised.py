@@ -236,6 +236,8 @@ def test_a_gradient_that_is_no_number_does_not_stay_in_the_moments():
     [
         ({"refine": 2}, "refine=2 and basis='adam' exclude each other"),
         ({"damping": 0.1}, "damping=0.1 has no use with basis='adam'"),
+        ({"momentum": 1.0}, r"must lie in \[0, 1\)"),
+        ({"trust_region": 0.5}, "trust_region=0.5 has no use with basis='adam'"),
     ],
 )
 def test_what_normalised_steps_cannot_do_is_refused(options, message):

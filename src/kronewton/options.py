@@ -83,6 +83,16 @@ class Options:
                 f"damping={self.damping!r} has no use with basis='adam': normalised steps are not "
                 "damped. Leave it at 'auto', or use basis='eigen'."
             )
+        if not isinstance(self.momentum, str) and self.momentum >= 1:
+            raise OptionError(
+                f"momentum={self.momentum!r} with basis='adam' is the decay of the mean gradient, "
+                "and must lie in [0, 1)."
+            )
+        if isinstance(self.trust_region, (int, float)):
+            raise OptionError(
+                f"trust_region={self.trust_region!r} has no use with basis='adam': the quadratic "
+                "model bounds the pace instead. Leave it at 'auto', or use another basis."
+            )
 
     @property
     def first_basis(self) -> str:
