@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import kronewton as kn
 from kronewton.adapt import Fixed, LevenbergMarquardt, Pace, Pacing, Settings
-from kronewton.errors import KronewtonWarning, OptionError, StateError
+from kronewton.errors import KronewtonWarning, NotPositiveDefinite, OptionError, StateError
 from kronewton.inverse import eigen_basis
 from kronewton.normalised import FIRST_DECAY, SECOND_DECAY, Moments
 from kronewton.pair import Product, pair_basis
@@ -229,6 +229,45 @@ def test_a_gradient_that_is_no_number_does_not_stay_in_the_moments():
     assert float(optimizer.diagnostics()["skipped"]) == 1
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
     assert float(optimizer.diagnostics()["step"]) == 12
+
+
+def test_the_quadratic_model_holds_back_a_pace_that_is_too_fast():
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(6, 3), nn.MSELoss()
+    optimizer = kn.KFAC(model, criterion, basis="adam")
+    optimizer._planner.pacing = Pacing(first=50.0, highest=50.0)
+    x, y = noisy(0)
+    start = criterion(model(x), y)
+    start.backward()
+    optimizer.step()
+    assert 0 < float(optimizer.diagnostics()["lr"]) < 5
+    # 1.6 of the way to the minimum of what is exactly quadratic here: lower than at the start.
+    assert float(criterion(model(x), y).detach()) < float(start.detach())
+
+
+def test_a_normalised_step_that_loses_far_too_much_is_taken_back():
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(6, 3), nn.MSELoss()
+    optimizer = kn.KFAC(model, criterion, basis="adam")
+    optimizer._planner.pacing = Pacing(first=50.0, lowest=50.0, highest=50.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    x, y = noisy(0)
+    criterion(model(x), y).backward()
+    optimizer.step()
+    assert all(p.equal(q) for p, q in zip(model.parameters(), before, strict=True))
+    assert float(optimizer.diagnostics()["undone"]) == 1
+    assert optimizer._planner.pace.lr == pytest.approx(12.5)
+
+
+def test_a_basis_that_cannot_be_found_leaves_adam_in_the_entries(monkeypatch):
+    def fails(*args):
+        raise NotPositiveDefinite("no basis")
+
+    monkeypatch.setattr("kronewton.curvature.eigen_basis", fails)
+    optimizer, _, model, _ = training(5, noisy, basis="adam")
+    assert float(optimizer.diagnostics()["failed_inversions"]) > 0
+    assert float(optimizer.diagnostics()["step"]) == 5
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -178,9 +178,10 @@ class Pace:
 class Pacing:
     """The length of normalised steps, from two measurements.
 
-    The batch's exact quadratic model along the step has its minimum at −slope/bend. That is too far
-    for a step that is to be followed by others on other batches: the ceiling is a `share` of it,
-    with slope and bend averaged apart, for their ratio is what noise distorts.
+    The batch's exact quadratic model along the step has its minimum at −slope/bend, and at twice
+    that it is where it began. The ceiling lies between, at a `share` of the minimum: a step that
+    only lowers the loss need not lower it the furthest. Slope and bend are averaged apart, for
+    their ratio is what noise distorts.
     Below it, the agreement of successive steps decides (Riedmiller & Braun 1993, of the whole
     step): where the new gradient still wants the last step, lr grows, where it wants it back, lr
     falls. Both would, with noise, stop at once what pays only later, and the lower bound, Adam's

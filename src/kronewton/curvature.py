@@ -189,7 +189,7 @@ class Curvature:
         """Invert again, for the named layers and for those that have no inverse yet.
 
         An inversion that fails leaves the last good inverse in place and is counted; without one
-        NotPositiveDefinite is raised.
+        NotPositiveDefinite is raised, but for normalised steps, which need no basis.
         """
         for name in self.known:
             if name in names or not self._up_to_date(name):
@@ -197,7 +197,7 @@ class Curvature:
                     self._refresh_layer(name, damping)
                 except NotPositiveDefinite:
                     self.failed += 1
-                    if name not in self.inverses:
+                    if name not in self.inverses and self.basis != ADAM:
                         raise
 
     def _up_to_date(self, name: str) -> bool:
