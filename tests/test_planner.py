@@ -10,7 +10,7 @@ from torch import nn
 
 import kronewton as kn
 from kronewton.adapt import Settings
-from kronewton.planner import DECAY, QUIET_DECAY, RAISE, Plan, Planner
+from kronewton.planner import DECAY, QUIET_DECAY, RAISE, RENEWALS, Plan, Planner
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -147,3 +147,13 @@ def test_a_first_batch_that_saturates_does_not_settle_the_damping(factor: float)
         loss.backward()
         optimizer.step()
     assert float(loss.detach()) <= 1e-2
+
+
+def test_renewals_start_afresh_with_a_new_kind_of_step() -> None:
+    planner = with_noise(planner_of(), 2.0, 2.0)
+    assert planner.age(37) == 37
+    assert planner.settle()
+    assert (planner.normalising, planner.age(37)) == (True, 0)
+    assert planner.intervals() == RENEWALS["normalised"]
+    planner.pace = planner.pacing.agreed(planner.pace, None)
+    assert planner.age(38) == 1
