@@ -319,3 +319,22 @@ def test_a_training_that_changes_its_steps_is_resumed_bit_for_bit(cut):
         resumed.step()
     for one, other in zip(model.parameters(), whole.parameters(), strict=True):
         assert one.equal(other)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda entry: entry.pop("kfac_moments_v"), "only m, steps of the moments"),
+        (
+            lambda entry: entry.update(kfac_moments_m=torch.zeros(2, 2)),
+            r"a moment of shape \(2, 2\)",
+        ),
+    ],
+)
+def test_damaged_moments_are_refused(damage, message):
+    optimizer, _, model, criterion = training(3, noisy, basis="adam")
+    state = optimizer.state_dict()
+    damage(state["state"][0])
+    optimizer.close()
+    with pytest.raises(StateError, match=message):
+        kn.KFAC(model, criterion, basis="adam").load_state_dict(state)

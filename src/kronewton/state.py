@@ -175,10 +175,20 @@ def require_same_shapes(
 
 
 def require_same_layer(layer: Layer, kept: Mapping[str, Tensor], largest: int) -> None:
-    """Raise StateError if the factors that are saved of a layer have other shapes than its."""
+    """Raise StateError if what is saved of a layer has other shapes than it, or lacks a part."""
     if not kept:
         return
     shape = layer.kind.matrix(layer, layer.parameters()).shape
+    moments = {k.removeprefix("moments_") for k in kept if k.startswith("moments_")}
+    if moments and moments != {"m", "v", "steps"}:
+        raise StateError(
+            f"the state_dict holds only {', '.join(sorted(moments))} of the moments m, v and steps "
+            f"of layer '{layer.name}': it is damaged. Load another checkpoint, or start afresh."
+        )
+    for key in moments - {"steps"}:
+        found = kept[f"moments_{key}"]
+        if found.shape not in (shape, torch.Size((shape.numel(), 1))):
+            raise _of_another_model("a moment", found, f"layer '{layer.name}'", shape)
     d_out, d_in = shape[-2:]
     for key, tensor in kept.items():
         if not key.startswith(("A_total", "B_total")):
