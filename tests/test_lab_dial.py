@@ -72,7 +72,7 @@ def run_of(*losses: float, predicted: float = math.nan) -> list[Record]:
 def board(**losses: tuple[float, ...]) -> contest.Board:
     """Runs of rivals whose two seeds went alike; an underscore is the plus of a name."""
     return {
-        contest.Lane(name.replace("_", "+"), 0, seed): run_of(*values, predicted=-0.5 / 64)
+        contest.Lane(name.replace("_", "+"), 0, seed): run_of(*values, predicted=-0.5)
         for name, values in losses.items()
         for seed in (0, 1)
     }
@@ -121,13 +121,13 @@ def test_only_rivals_beside_the_dial_are_tuned_and_make_a_target() -> None:
         contest.check(replace(plan((0,)), target=contest.BY_TUNING))
 
 
-def test_promises_are_medians_of_the_first_steps_in_the_unit_of_the_task() -> None:
+def test_promises_are_medians_of_the_first_steps() -> None:
     here = plan((0, 2), "sgd")
     raced = board(kfac=(8,) * 10 + (4,) * 15, kfac_2=(1.0,), sgd=(3.0,))
     raced[contest.Lane("kfac", 0, 0)][0] = Record(1, 0.1, math.nan)  # tells nothing
     first, second = dial.notches(here, reports.summarise(here, {}, raced), raced)
     assert (first.refine, second.refine) == (0, 2)
-    assert first.decrease == pytest.approx(0.5)  # 0.5 / 64 per element, 64 elements an image
+    assert first.decrease == pytest.approx(0.5)
     # Seed 0 has 9 steps at 8 and 10 at 4, seed 1 has 10 of each: the last five do not count.
     assert first.share == pytest.approx((0.5 / 4 + (0.5 / 4 + 0.5 / 8) / 2) / 2)
     assert second.share == pytest.approx(0.5)

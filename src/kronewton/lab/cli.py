@@ -135,7 +135,7 @@ def train_command(
     chosen = find_task(task, Options(batch_size, data, small, examples))
     rival = find_rival(optimizer)
     _check_files(out, json)
-    run = start(chosen, rival, _setting(chosen, rival, lr), seed, _device(device))
+    run = start(chosen, rival, _setting(rival, lr), seed, _device(device))
     records = session.resume_(run, out) if resume else []
     budget = _budget(chosen, steps, None)
     with display.step_bar(rival.label, budget, len(records)) as show:
@@ -402,9 +402,9 @@ def _target(task: Task, target: str | None) -> float:
     return number
 
 
-def _setting(task: Task, rival: Rival, lr: float | None) -> Setting:
+def _setting(rival: Rival, lr: float | None) -> Setting:
     """The first setting of the rival's grid, with the user's learning rate if there is one."""
-    first = rival.settings(task.scale)[0]
+    first = rival.grid[0]
     if lr is None:
         return first
     if not (math.isfinite(lr) and lr >= 0):

@@ -38,7 +38,7 @@ class Plan:
     aim: float | None = None
 
     def settings(self, rival: Rival) -> tuple[Setting, ...]:
-        return rival.settings(self.task.scale)[: self.grid]
+        return rival.grid[: self.grid]
 
     def budget_of(self, rival: str) -> Budget:
         return self.budgets.get(rival, self.budget)

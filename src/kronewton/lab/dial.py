@@ -73,14 +73,14 @@ def notches(plan: Plan, report: Report, raced: Board) -> tuple[Notch, ...]:
     """The settings of the dial that ran, least first; none if the contest is not about it."""
     lines = {line.rival: line for line in report.lines}
     turned = [r for r in plan.rivals if REFINE in r.grid[0] and r.name in lines]
-    return tuple(_notch(plan, rival, lines[rival.name], raced) for rival in turned)
+    return tuple(_notch(rival, lines[rival.name], raced) for rival in turned)
 
 
-def _notch(plan: Plan, rival: Rival, line: Line, raced: Board) -> Notch:
+def _notch(rival: Rival, line: Line, raced: Board) -> Notch:
     runs = [records[:FIRST] for lane, records in raced.items() if lane.rival == rival.name]
 
     def decrease(record: Record) -> float:
-        return -record.settings.get("predicted", math.nan) * plan.task.scale
+        return -record.settings.get("predicted", math.nan)
 
     return Notch(
         refine=int(rival.grid[0][REFINE]),

@@ -42,7 +42,7 @@ class Examples:
 class Problem:
     """A model at its initial weights, its criterion and its data, on one device.
 
-    floor: the least training loss there is, where it is known in closed form. measured: the
+    floor: the criterion's least training loss, where it is known in closed form. measured: the
     training examples on which a run is evaluated, always the same; None means all of them.
     """
 
@@ -72,12 +72,12 @@ def _network(widths: tuple[int, ...], kind: type[nn.Module], seed: int) -> nn.Se
 
 
 def sigmoid_autoencoder(widths: tuple[int, ...], seed: int) -> nn.Sequential:
-    """Sigmoid between the layers, a linear output.
+    """A sigmoid after every layer, the last one too, as in the note.
 
     Weights are Xavier normal and biases zero: under torch's default, sigmoids this deep forget
     their input, and all that a first-order method could learn is the mean image.
     """
-    model = _network(widths, nn.Sigmoid, seed)
+    model = _network(widths, nn.Sigmoid, seed).append(nn.Sigmoid())
     generator = torch.Generator().manual_seed(seed)
     for layer in model:
         if isinstance(layer, nn.Linear):
@@ -185,7 +185,7 @@ def _on_text(model: nn.Module, device: torch.device) -> Problem:
 
 def char_gpt(seed: int, device: torch.device) -> Problem:
     with _drawn_by(seed):
-        model = CharGPT(texts.CHARACTERS, CONTEXT, width=128, heads=4, depth=4)
+        model = CharGPT(texts.CHARACTERS, CONTEXT, width=128, heads=4, depth=3)
     return _on_text(model, device)
 
 

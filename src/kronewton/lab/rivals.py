@@ -33,22 +33,14 @@ KFAC = "kfac"
 class Rival:
     """An optimizer by name, its constructor and its grid.
 
-    per_unit: the grid's learning rates are per unit of the task's loss as it is shown, for methods
-    whose step grows with the gradient. closure: the step calls the loss by itself, more than once.
+    closure: the step calls the loss by itself, more than once.
     """
 
     name: str
     label: str
     make: Callable[[nn.Module, nn.Module, Setting], Optimizer]
     grid: tuple[Setting, ...]
-    per_unit: bool = False
     closure: bool = False
-
-    def settings(self, scale: float) -> tuple[Setting, ...]:
-        """The grid for a task whose loss is shown times scale."""
-        if not self.per_unit:
-            return self.grid
-        return tuple({**setting, "lr": setting["lr"] * scale} for setting in self.grid)
 
 
 def find_rival(name: str) -> Rival:
@@ -152,7 +144,7 @@ _SMALL = (3e-3, 1e-2, 1e-3, 3e-2, 3e-4, 1e-1)
 _LARGE = (0.1, 0.3, 0.03, 1.0, 0.01, 3.0)
 _ALL = (
     Rival("kfac", "K-FAC", _kfac, ({},)),
-    Rival("sgd", "SGD", _sgd, _grid(_LARGE, "momentum", (0.9, 0.98)), per_unit=True),
+    Rival("sgd", "SGD", _sgd, _grid(_LARGE, "momentum", (0.9, 0.98))),
     Rival("adam", "Adam", _adam, _grid(_SMALL, "beta1", (0.9, 0.8))),
     Rival("adamw", "AdamW", _adamw, _grid(_SMALL, "beta1", (0.9, 0.8))),
     Rival(

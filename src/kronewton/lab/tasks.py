@@ -1,7 +1,8 @@
 """What is trained: small problems of different kinds, each fixed by its name and a seed.
 
 The data of a task never changes; the seed draws the initial weights and the order of the batches.
-Losses are shown as `(loss - floor) * scale`, in the task's unit.
+A run is trained on the criterion's loss times `scale`, which is in the task's unit; what is shown is
+the same loss above its floor.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class Task:
     """A problem to build, and how long it is worth training.
 
     batch_size None means the whole training set in every step. target is in the task's unit.
+    scale: what the criterion's loss is multiplied with, for torch's mean over all outputs has a
+    gradient so small that the absolute epsilons of Adam and its kin would hold them back.
     explained: of how many examples `explain` draws its ladder, where a batch would take minutes.
     """
 
@@ -55,10 +58,6 @@ class Task:
         """The task in one line."""
         batch = "full batch" if self.batch_size is None else f"batch {self.batch_size}"
         return f"{self.name}: {self.summary}, {batch}"
-
-    def shown(self, loss: float, floor: float = 0.0) -> float:
-        """A loss of the criterion in the task's unit."""
-        return (loss - floor) * self.scale
 
 
 @dataclass(frozen=True)
@@ -112,12 +111,12 @@ def _mnist_autoencoder(options: Options) -> Task:
 
     return Task(
         "mnist-autoencoder",
-        f"{count} MNIST digits through {'-'.join(map(str, widths))}, sigmoid",
+        f"{count} MNIST digits through {'-'.join(map(str, widths))}, all sigmoid",
         build,
         steps=100,
-        target=10.0,
-        scale=784.0,
-        unit="squared error per image",
+        target=1.0,
+        scale=392.0,
+        unit="half the squared error per image",
     )
 
 
@@ -134,12 +133,12 @@ _ALL = (
     ),
     Task(
         "digits-autoencoder",
-        "8×8 digits through 64-32-16-8-16-32-64, sigmoid",
+        "8×8 digits through 64-32-16-8-16-32-64, all sigmoid",
         problems.digits_autoencoder,
         steps=200,
-        target=1.0,
-        scale=64.0,
-        unit="squared error per image",
+        target=0.5,
+        scale=32.0,
+        unit="half the squared error per image",
     ),
     Task(
         "digits-cnn",
@@ -221,7 +220,7 @@ _ALL = (
     ),
     Task(
         "char-gpt",
-        "Python's help texts, next character after up to 64, four transformer layers of width 128",
+        "Python's help texts, next character after up to 64, three transformer layers of width 128",
         problems.char_gpt,
         steps=400,
         target=2.4,

@@ -109,23 +109,29 @@ def interleave(
 
 
 def evaluate(run: Run, data: Examples) -> tuple[float, float | None]:
-    """The criterion's loss on all the examples, and the task's metric if it has one."""
+    """The objective on all the examples, and the task's metric if it has one."""
     model, metric = run.problem.model, run.task.metric
     model.eval()
     with torch.no_grad():
         output = model(data.x)
-        loss = float(run.problem.criterion(output, data.y))
+        loss = float(objective(run, output, data.y))
     model.train()
     return loss, None if metric is None else metric.of(output, data.y)
 
 
+def objective(run: Run, output: Tensor, y: Tensor) -> Tensor:
+    """What is trained: the criterion's loss in the task's unit."""
+    loss: Tensor = run.task.scale * run.problem.criterion(output, y)
+    return loss
+
+
 def _step(run: Run, x: Tensor, y: Tensor) -> float:
     """The user's loop body. Not a number if the optimizer gave up on this batch."""
-    model, criterion, optimizer = run.problem.model, run.problem.criterion, run.optimizer
+    model, optimizer = run.problem.model, run.optimizer
 
     def backward() -> Tensor:
         optimizer.zero_grad()
-        loss: Tensor = criterion(model(x), y)
+        loss = objective(run, model(x), y)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
@@ -163,8 +169,8 @@ def _due(budget: Budget, step: int, seconds: float) -> bool:
 
 
 def _record(run: Run, step: int, seconds: float, loss: float, due: bool) -> Record:
-    task, floor = run.task, run.problem.floor
-    shown, settings = task.shown(loss, floor), _settings(run.optimizer)
+    floor, settings = run.task.scale * run.problem.floor, _settings(run.optimizer)
+    shown = loss - floor
     if not math.isfinite(loss):
         return Record(step, seconds, shown, settings, diverged=True)
     if not due:
@@ -176,8 +182,8 @@ def _record(run: Run, step: int, seconds: float, loss: float, due: bool) -> Reco
         seconds,
         shown,
         settings,
-        train_loss=task.shown(train_loss, floor),
-        test_loss=task.shown(test_loss),
+        train_loss=train_loss - floor,
+        test_loss=test_loss,
         metric=metric,
         diverged=not math.isfinite(train_loss),
     )
