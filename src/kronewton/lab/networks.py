@@ -1,4 +1,4 @@
-"""Models of today's kinds, small: a character GPT, a vision transformer, an LSTM, a U-Net.
+"""Models of today's kinds, small: transformers, an LSTM, a U-Net, a residual net, a VAE.
 
 Each is written as its users write it, with the layers that torch has for it and no thought for
 K-FAC. All draw their initial weights from torch's random stream.
@@ -151,3 +151,80 @@ class DigitsUNet(nn.Module):
         h = self.fine_again(torch.cat([self.to_fine(h), fine], 1))
         cleaned: Tensor = self.image(h)
         return cleaned
+
+
+class _Residual(nn.Module):
+    """Two convolutions, added to their input; a 1×1 convolution takes that to another shape."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv2d(channels, out, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(out),
+            nn.ReLU(),
+            nn.Conv2d(out, out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out),
+        )
+        self.skip = nn.Sequential()
+        if channels != out:
+            self.skip.append(nn.Conv2d(channels, out, 1, stride, bias=False))
+            self.skip.append(nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.branch(x) + self.skip(x))
+
+
+class DigitsResNet(nn.Module):
+    """He et al.'s ResNet-20 (2016) on 8×8 images: three stages, 8×8, 4×4 and 2×2."""
+
+    def __init__(self, width: int, blocks: int, classes: int) -> None:
+        super().__init__()
+        stages: list[nn.Module] = [_convolution(1, width)]
+        for channels, out in ((width, width), (width, 2 * width), (2 * width, 4 * width)):
+            stages.append(_Residual(channels, out, stride=1 if channels == out else 2))
+            stages += [_Residual(out, out, stride=1) for _ in range(blocks - 1)]
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Linear(4 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.stages(x).mean((2, 3)))
+        return logits
+
+
+class DigitsVAE(nn.Module):
+    """A variational autoencoder (Kingma & Welling 2014): pixels' logits, and the code's law."""
+
+    def __init__(self, hidden: int, code: int) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(64, hidden), nn.Tanh(), nn.Linear(hidden, 2 * code))
+        self.decoder = nn.Sequential(nn.Linear(code, hidden), nn.Tanh(), nn.Linear(hidden, 64))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        law = self.encoder(x)  # (N, 2 code): means, then log variances
+        mean, log_variance = law.chunk(2, 1)
+        code = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        return self.decoder(code), law
+
+
+class Divergence(nn.Module):
+    """Kullback-Leibler divergence of the code's law from the standard normal, a mean."""
+
+    def forward(self, law: Tensor) -> Tensor:
+        mean, log_variance = law.chunk(2, 1)
+        each = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+        return each.sum(1).mean()
+
+
+class ELBO(nn.Module):
+    """Minus the evidence lower bound of an image: Bernoulli pixels, summed, and the divergence."""
+
+    def __init__(self, pixels: int) -> None:
+        super().__init__()
+        self.pixels = pixels
+        self.pixel = nn.BCEWithLogitsLoss()
+        self.divergence = Divergence()
+
+    def forward(self, output: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        logits, law = output
+        bound: Tensor = self.pixels * self.pixel(logits, target) + self.divergence(law)
+        return bound

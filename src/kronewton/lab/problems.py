@@ -11,12 +11,20 @@ from itertools import pairwise
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kronewton.lab import texts
-from kronewton.lab.networks import CharGPT, CharLSTM, DigitsUNet, DigitsViT
+from kronewton.lab.networks import (
+    ELBO,
+    CharGPT,
+    CharLSTM,
+    DigitsResNet,
+    DigitsUNet,
+    DigitsVAE,
+    DigitsViT,
+)
 
 DATA_SEED = 2017
+WIDTH = 8  # channels of the residual network's first stage
 CONTEXT = 64  # characters that a model of text sees
 
 
@@ -43,7 +51,8 @@ class Problem:
     """A model at its initial weights, its criterion and its data, on one device.
 
     floor: the criterion's least training loss, where it is known in closed form. measured: the
-    training examples on which a run is evaluated, always the same; None means all of them.
+    training examples on which a run is evaluated, always the same; None means all of them. terms:
+    the loss modules within the criterion, where it adds up several.
     """
 
     model: nn.Module
@@ -52,19 +61,20 @@ class Problem:
     test: Examples
     floor: float = 0.0
     measured: Examples | None = None
+    terms: tuple[nn.Module, ...] = ()
 
 
 @contextmanager
-def _drawn_by(seed: int) -> Iterator[None]:
+def drawn_by(seed: int) -> Iterator[None]:
     """Draw torch's default initial weights by a seed, and leave the random stream alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
-def _network(widths: tuple[int, ...], kind: type[nn.Module], seed: int) -> nn.Sequential:
+def network(widths: tuple[int, ...], kind: type[nn.Module], seed: int) -> nn.Sequential:
     """Linear layers with a nonlinearity between them, at torch's default initial weights."""
-    with _drawn_by(seed):
+    with drawn_by(seed):
         layers: list[nn.Module] = []
         for d_in, d_out in pairwise(widths):
             layers += [nn.Linear(d_in, d_out), kind()]
@@ -77,7 +87,7 @@ def sigmoid_autoencoder(widths: tuple[int, ...], seed: int) -> nn.Sequential:
     Weights are Xavier normal and biases zero: under torch's default, sigmoids this deep forget
     their input, and all that a first-order method could learn is the mean image.
     """
-    model = _network(widths, nn.Sigmoid, seed).append(nn.Sigmoid())
+    model = network(widths, nn.Sigmoid, seed).append(nn.Sigmoid())
     generator = torch.Generator().manual_seed(seed)
     for layer in model:
         if isinstance(layer, nn.Linear):
@@ -98,7 +108,7 @@ def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def digits_mlp(seed: int, device: torch.device) -> Problem:
     x, y, x_test, y_test = _digits()
-    model = _network((64, 128, 128, 10), nn.ReLU, seed).to(device)
+    model = network((64, 128, 128, 10), nn.ReLU, seed).to(device)
     train, test = Examples(x, y).to(device), Examples(x_test, y_test).to(device)
     return Problem(model, nn.CrossEntropyLoss(), train, test)
 
@@ -118,7 +128,7 @@ def _digit_images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def digits_cnn(seed: int, device: torch.device) -> Problem:
     x, y, x_test, y_test = _digit_images()
-    with _drawn_by(seed):
+    with drawn_by(seed):
         model = nn.Sequential(
             nn.Conv2d(1, 16, 3, padding=1),
             nn.ReLU(),
@@ -131,9 +141,43 @@ def digits_cnn(seed: int, device: torch.device) -> Problem:
     return Problem(model, nn.CrossEntropyLoss(), train, test)
 
 
+def digits_bn_cnn(seed: int, device: torch.device) -> Problem:
+    x, y, x_test, y_test = _digit_images()
+    with drawn_by(seed):
+        model = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),  # (N, 32, 4, 4)
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(512, 10),
+        ).to(device)
+    train, test = Examples(x, y).to(device), Examples(x_test, y_test).to(device)
+    return Problem(model, nn.CrossEntropyLoss(), train, test)
+
+
+def digits_resnet(seed: int, device: torch.device) -> Problem:
+    x, y, x_test, y_test = _digit_images()
+    with drawn_by(seed):
+        model = DigitsResNet(width=WIDTH, blocks=3, classes=10).to(device)
+    train, test = Examples(x, y).to(device), Examples(x_test, y_test).to(device)
+    return Problem(model, nn.CrossEntropyLoss(), train, test)
+
+
+def digits_vae(seed: int, device: torch.device) -> Problem:
+    x, _, x_test, _ = _digits()
+    with drawn_by(seed):
+        model = DigitsVAE(hidden=64, code=8).to(device)
+    criterion = ELBO(pixels=64)
+    train, test = Examples(x, x).to(device), Examples(x_test, x_test).to(device)
+    return Problem(model, criterion, train, test, terms=(criterion.pixel, criterion.divergence))
+
+
 def digits_conv_autoencoder(seed: int, device: torch.device) -> Problem:
     x, _, x_test, _ = _digit_images()
-    with _drawn_by(seed):
+    with drawn_by(seed):
         model = nn.Sequential(
             nn.Conv2d(1, 16, 3, stride=2, padding=1),
             nn.Tanh(),
@@ -149,7 +193,7 @@ def digits_conv_autoencoder(seed: int, device: torch.device) -> Problem:
 
 def digits_vit(seed: int, device: torch.device) -> Problem:
     x, y, x_test, y_test = _digit_images()
-    with _drawn_by(seed):
+    with drawn_by(seed):
         model = DigitsViT(width=64, heads=4, depth=4, classes=10).to(device)
     train, test = Examples(x, y).to(device), Examples(x_test, y_test).to(device)
     return Problem(model, nn.CrossEntropyLoss(), train, test)
@@ -163,7 +207,7 @@ def _noisy(clean: Tensor, seed: int) -> Examples:
 
 def digits_unet(seed: int, device: torch.device) -> Problem:
     x, _, x_test, _ = _digit_images()
-    with _drawn_by(seed):
+    with drawn_by(seed):
         model = DigitsUNet(width=16).to(device)
     train, test = _noisy(x, DATA_SEED), _noisy(x_test, DATA_SEED + 1)
     return Problem(model, nn.MSELoss(), train.to(device), test.to(device))
@@ -184,88 +228,15 @@ def _on_text(model: nn.Module, device: torch.device) -> Problem:
 
 
 def char_gpt(seed: int, device: torch.device) -> Problem:
-    with _drawn_by(seed):
+    with drawn_by(seed):
         model = CharGPT(texts.CHARACTERS, CONTEXT, width=128, heads=4, depth=3)
     return _on_text(model, device)
 
 
 def char_lstm(seed: int, device: torch.device) -> Problem:
-    with _drawn_by(seed):
+    with drawn_by(seed):
         model = CharLSTM(texts.CHARACTERS, embedded=64, hidden=128, depth=2)
     return _on_text(model, device)
-
-
-def _least_squares_floor(data: Examples, bias: bool) -> float:
-    """The mean squared error that no linear map of the inputs can beat."""
-    x = torch.cat([data.x, torch.ones_like(data.x[:, :1])], 1) if bias else data.x
-    residual = data.y - x @ torch.linalg.lstsq(x, data.y).solution
-    return float(residual.square().mean())
-
-
-def _normal(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def linear_regression(seed: int, device: torch.device) -> Problem:
-    generator = torch.Generator().manual_seed(DATA_SEED)
-    x = _normal(generator, 400, 7) * torch.logspace(0, math.log10(0.03), 7, dtype=torch.float64)
-    y = x @ _normal(generator, 7, 1) + 0.5 + 0.1 * _normal(generator, 400, 1)
-    train, test = Examples(x[:200], y[:200]), Examples(x[200:], y[200:])
-    model = _network((7, 1), nn.Identity, seed).to(device, torch.float64)
-    floor = _least_squares_floor(train, bias=True)
-    return Problem(model, nn.MSELoss(), train.to(device), test.to(device), floor)
-
-
-def deep_linear(seed: int, device: torch.device) -> Problem:
-    generator = torch.Generator().manual_seed(DATA_SEED)
-    x = _normal(generator, 768, 16) * torch.logspace(0, -2, 16, dtype=torch.float64)
-    y = x @ _normal(generator, 16, 8) + 0.01 * _normal(generator, 768, 8)
-    train, test = Examples(x[:512], y[:512]), Examples(x[512:], y[512:])
-    model = _network((16, 32, 32, 32, 8), nn.Identity, seed).to(device, torch.float64)
-    floor = _least_squares_floor(train, bias=True)
-    return Problem(model, nn.MSELoss(), train.to(device), test.to(device), floor)
-
-
-def _frequencies(size: int) -> Tensor:
-    """The length of the frequency at every place of a two-dimensional Fourier transform."""
-    k = torch.fft.fftfreq(size, d=1 / size, dtype=torch.float64)
-    return torch.hypot(k.unsqueeze(1), k)  # (size, size)
-
-
-def _colour_images(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Clouds, whose amplitude falls with the frequency as that of photographs does."""
-    noise = torch.fft.fft2(_normal(generator, count, 3, size, size))
-    images: Tensor = torch.fft.ifft2(noise / (1 + _frequencies(size))).real
-    return images
-
-
-def _blurred(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each colour out of focus by its own width, all three bled into each other, and noise."""
-    widths = torch.tensor([0.8, 1.0, 1.2], dtype=torch.float64).view(3, 1, 1)  # in pixels
-    size = images.shape[-1]
-    transfer = torch.exp(-0.5 * (2 * math.pi / size * widths * _frequencies(size)).square())
-    blurred = torch.fft.ifft2(torch.fft.fft2(images) * transfer).real
-    bleeding = torch.eye(3, dtype=torch.float64) + 0.3 * _normal(generator, 3, 3)
-    mixed = torch.einsum("oc,nchw->nohw", bleeding, blurred)
-    return mixed + 0.01 * _normal(generator, *images.shape)
-
-
-def _tiled(data: Examples, reach: int) -> Examples:
-    """The same data with a row for each location: the circular window around it, its target."""
-    padded = F.pad(data.x, (reach,) * 4, mode="circular")
-    windows = F.unfold(padded, 2 * reach + 1)  # (N, channels × window, locations)
-    return Examples(windows.mT.flatten(0, 1), data.y.flatten(2).mT.flatten(0, 1))
-
-
-def circular_deconvolution(seed: int, device: torch.device) -> Problem:
-    generator = torch.Generator().manual_seed(DATA_SEED)
-    y = _colour_images(64, 16, generator)
-    x = _blurred(y, generator)
-    train, test = Examples(x[:32], y[:32]), Examples(x[32:], y[32:])
-    with _drawn_by(seed):
-        model = nn.Conv2d(3, 3, 5, padding=2, padding_mode="circular").to(device, torch.float64)
-    floor = _least_squares_floor(_tiled(train, reach=2), bias=True)
-    return Problem(model, nn.MSELoss(), train.to(device), test.to(device), floor)
 
 
 def _spirals(count: int, generator: torch.Generator) -> Examples:
@@ -281,5 +252,5 @@ def _spirals(count: int, generator: torch.Generator) -> Examples:
 def two_spirals(seed: int, device: torch.device) -> Problem:
     generator = torch.Generator().manual_seed(DATA_SEED)
     train, test = _spirals(500, generator), _spirals(500, generator)
-    model = _network((2, 64, 64, 1), nn.Tanh, seed).to(device)
+    model = network((2, 64, 64, 1), nn.Tanh, seed).to(device)
     return Problem(model, nn.BCEWithLogitsLoss(), train.to(device), test.to(device))

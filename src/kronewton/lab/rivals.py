@@ -26,6 +26,7 @@ except ImportError:
     extra = None
 
 Setting = Mapping[str, float]
+Criteria = tuple[nn.Module, ...]  # the terms of the loss
 KFAC = "kfac"
 
 
@@ -38,7 +39,7 @@ class Rival:
 
     name: str
     label: str
-    make: Callable[[nn.Module, nn.Module, Setting], Optimizer]
+    make: Callable[[nn.Module, Criteria, Setting], Optimizer]
     grid: tuple[Setting, ...]
     closure: bool = False
 
@@ -75,24 +76,24 @@ def _grid(lrs: tuple[float, ...], second: str, values: tuple[float, ...]) -> tup
     return tuple({"lr": lr, second: value} for value, lr in product(values, lrs))
 
 
-def _kfac(model: nn.Module, criterion: nn.Module, setting: Setting) -> Optimizer:
+def _kfac(model: nn.Module, criteria: Criteria, setting: Setting) -> Optimizer:
     refine = int(setting.get("refine", 0))
-    return kn.KFAC(model, criterion, lr=setting.get("lr", "auto"), refine=refine)
+    return kn.KFAC(model, criteria, lr=setting.get("lr", "auto"), refine=refine)
 
 
-def _sgd(model: nn.Module, _: nn.Module, setting: Setting) -> Optimizer:
+def _sgd(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
     return torch.optim.SGD(model.parameters(), setting["lr"], setting["momentum"])
 
 
-def _adam(model: nn.Module, _: nn.Module, setting: Setting) -> Optimizer:
+def _adam(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
     return torch.optim.Adam(model.parameters(), setting["lr"], (setting["beta1"], 0.999))
 
 
-def _adamw(model: nn.Module, _: nn.Module, setting: Setting) -> Optimizer:
+def _adamw(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
     return torch.optim.AdamW(model.parameters(), setting["lr"], (setting["beta1"], 0.999))
 
 
-def _lbfgs(model: nn.Module, _: nn.Module, setting: Setting) -> Optimizer:
+def _lbfgs(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
     # One iteration a step, so that its steps compare with the others'.
     return torch.optim.LBFGS(
         model.parameters(),
@@ -106,21 +107,21 @@ def _lbfgs(model: nn.Module, _: nn.Module, setting: Setting) -> Optimizer:
     )
 
 
-def _soap(model: nn.Module, _: nn.Module, setting: Setting) -> Optimizer:
+def _soap(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
     assert extra is not None
     betas = (setting["beta1"], 0.95)
     optimizer: Optimizer = extra.SOAP(model.parameters(), setting["lr"], betas, weight_decay=0.0)
     return optimizer
 
 
-def _shampoo(model: nn.Module, _: nn.Module, setting: Setting) -> Optimizer:
+def _shampoo(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
     assert extra is not None
     # New roots in every step, the package's default: it diverges with old ones.
     optimizer: Optimizer = extra.Shampoo(model.parameters(), setting["lr"], setting["momentum"])
     return optimizer
 
 
-def _muon(model: nn.Module, _: nn.Module, setting: Setting) -> Optimizer:
+def _muon(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
     assert extra is not None
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]

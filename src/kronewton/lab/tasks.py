@@ -1,8 +1,8 @@
 """What is trained: small problems of different kinds, each fixed by its name and a seed.
 
-The data of a task never changes; the seed draws the initial weights and the order of the batches.
-A run is trained on the criterion's loss times `scale`, which is in the task's unit; what is shown is
-the same loss above its floor.
+The data of a task never changes; the seed draws the initial weights and the order of batches.
+A run is trained on the criterion's loss times `scale`, which is in the task's unit; what is shown
+is the same loss above its floor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kronewton.errors import OptionError
-from kronewton.lab import problems
+from kronewton.lab import numeric, problems
 from kronewton.lab.images import read_images
 from kronewton.lab.problems import Examples, Problem
 
@@ -151,6 +151,36 @@ _ALL = (
         metric=Metric("accuracy", _accuracy),
     ),
     Task(
+        "digits-bn-cnn",
+        "8×8 digits through two convolutions of 16 and 32 channels with batch normalisation",
+        problems.digits_bn_cnn,
+        steps=200,
+        target=0.01,
+        batch_size=128,
+        unit="cross-entropy",
+        metric=Metric("accuracy", _accuracy),
+    ),
+    Task(
+        "digits-resnet",
+        "8×8 digits through a ResNet-20 of 8, 16 and 32 channels, batch normalisation",
+        problems.digits_resnet,
+        steps=150,
+        target=0.01,
+        batch_size=128,
+        unit="cross-entropy",
+        metric=Metric("accuracy", _accuracy),
+        explained=16,
+    ),
+    Task(
+        "digits-vae",
+        "8×8 digits through a variational autoencoder, 64-64-8 and back, tanh",
+        problems.digits_vae,
+        steps=400,
+        target=26.0,
+        batch_size=128,
+        unit="negative evidence bound per image",
+    ),
+    Task(
         "digits-conv-autoencoder",
         "8×8 digits through two convolutions to 4 maps of 2×2 and back, tanh",
         problems.digits_conv_autoencoder,
@@ -162,7 +192,7 @@ _ALL = (
     Task(
         "linear-regression",
         "200×7 with column scales from 1 to 0.03, a bias and noise",
-        problems.linear_regression,
+        numeric.linear_regression,
         steps=25,
         target=1e-8,
         dtype=torch.float64,
@@ -171,7 +201,7 @@ _ALL = (
     Task(
         "deep-linear",
         "16-32-32-32-8 without nonlinearity, column scales from 1 to 0.01",
-        problems.deep_linear,
+        numeric.deep_linear,
         steps=100,
         target=1e-4,
         dtype=torch.float64,
@@ -180,12 +210,31 @@ _ALL = (
     Task(
         "circular-deconvolution",
         "blurred 16×16 colour images through one circular 5×5 convolution, nearly singular",
-        problems.circular_deconvolution,
+        numeric.circular_deconvolution,
         steps=25,
         target=1e-8,
         dtype=torch.float64,
         scale=3.0,
         unit="squared error per location above least squares",
+    ),
+    Task(
+        "smooth-regression",
+        "sin πx · sin 2πy on a square through 2-64-64-64-1, tanh",
+        numeric.smooth_regression,
+        steps=400,
+        target=1e-6,
+        dtype=torch.float64,
+        unit="squared error",
+    ),
+    Task(
+        "scaled-logistic",
+        "1000×40 with column scales from 1 to 0.001, overlapping classes",
+        numeric.scaled_logistic,
+        steps=100,
+        target=1e-8,
+        dtype=torch.float64,
+        unit="binary cross-entropy above its least",
+        metric=Metric("accuracy", _sign_accuracy),
     ),
     Task(
         "two-spirals",

@@ -71,7 +71,8 @@ def start(task: Task, rival: Rival, setting: Setting, seed: int, device: torch.d
             f"a batch of {task.batch_size} was asked for; {task.name} has {len(problem.train)} "
             "training examples: give --batch-size a number from 1 to that, or leave it out."
         )
-    optimizer = rival.make(problem.model, problem.criterion, setting)
+    criteria = problem.terms or (problem.criterion,)
+    optimizer = rival.make(problem.model, criteria, setting)
     return Run(task, problem, rival, setting, seed, optimizer)
 
 
