@@ -16,10 +16,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check src tests
 	$(BIN)/mypy
 
-# Step costs, and the race on the digits: every rival over its whole grid, then three seeds.
+# Step costs, and four tasks by the clock: each rival at the best of three settings, three seeds.
 bench: $(READY)
 	$(BIN)/kronewton bench step-cost --out runs/step-cost
-	$(BIN)/kronewton compare digits-mlp --out runs/digits-mlp
+	$(BIN)/kronewton --threads 1 bench time-to-target --quick --out runs/time-to-target
 
 slow: $(READY)
 	$(BIN)/pytest -m slow

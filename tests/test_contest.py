@@ -31,7 +31,7 @@ def plan(
 ) -> contest.Plan:
     task = task or find_task("digits-mlp")
     chosen = tuple(find_rival(name) for name in names)
-    return contest.Plan(task, chosen, (0, 1), Budget(20, every=5), 1.0, 2, CPU)
+    return contest.Plan(task, chosen, (0, 1), Budget(20, every=5), (1.0,), 2, CPU)
 
 
 def run_of(*losses: float) -> list[Record]:
@@ -52,11 +52,11 @@ def report_of(**losses: tuple[float, ...]) -> reports.Report:
 def test_tuning_prefers_the_first_to_arrive_then_the_lowest() -> None:
     made, sgd = plan(), find_rival("sgd")
     tuned = {contest.Lane("sgd", 0, 0): run_of(3, 2, 1), contest.Lane("sgd", 1, 0): run_of(3, 1, 2)}
-    assert contest.best_setting(made, sgd, tuned) == 1
-    assert contest.best_setting(replace(made, target=0.1), sgd, tuned) == 0
+    assert contest.best_settings(made, sgd, tuned) == (1,)
+    assert contest.best_settings(replace(made, targets=(0.1,)), sgd, tuned) == (0,)
     broken = Record(2, 0.2, math.nan, diverged=True)
     tuned[contest.Lane("sgd", 0, 0)] = [*run_of(0.5), broken]
-    assert contest.best_setting(replace(made, target=0.1), sgd, tuned) == 1
+    assert contest.best_settings(replace(made, targets=(0.1,)), sgd, tuned) == (1,)
 
 
 def test_contest_end_to_end(tmp_path: Path) -> None:
@@ -103,13 +103,13 @@ def test_every_rival_runs_its_own_length() -> None:
 
 def test_turns_are_equal_where_the_clock_ends_the_runs() -> None:
     made = replace(unequal(), budget=Budget(10**9, seconds=60), budgets={"kfac": Budget(30, 60)})
-    lanes = [contest.Lane(name, 0, 0) for name in ("kfac", "sgd")]
+    lanes = contest.racing_lanes(made, {})
     turns = [lane.rival for lane in islice(contest.run_(made, lanes, {}), 2 * contest.CHUNK)]
     assert turns == ["kfac"] * contest.CHUNK + ["sgd"] * contest.CHUNK
 
 
 def test_table_and_verdict_say_each_length() -> None:
-    made = replace(unequal(), target=1.5, seeds=(0,))
+    made = replace(unequal(), targets=(1.5,), seeds=(0,))
     raced = {
         contest.Lane("kfac", 0, 0): run_of(*[2] * 19, 1),
         contest.Lane("sgd", 0, 0): run_of(*[2] * 200),
@@ -147,13 +147,13 @@ def test_steps_are_on_a_log_axis_where_lengths_differ_widely(
     ("lowest", "target"), [(9.04, 9.1), (0.00123, 0.0013), (120.1, 130), (0.0, 0.0), (9.1, 9.1)]
 )
 def test_automatic_target_is_what_tuning_ends_with_rounded_up(lowest: float, target: float) -> None:
-    made = replace(plan(), target=contest.BY_TUNING)
+    made = replace(plan(), targets=(contest.BY_TUNING,))
     tuned = {
         contest.Lane("sgd", 0, 0): run_of(200, lowest + 50),
         contest.Lane("sgd", 1, 0): run_of(300, lowest),
         contest.Lane("kfac", 0, 0): run_of(200, -1),
     }
-    assert contest.best_setting(made, find_rival("sgd"), tuned) == 1
+    assert contest.best_settings(made, find_rival("sgd"), tuned) == (1,)
     assert contest.with_target(made, tuned).target == target
     assert contest.with_target(plan(), tuned) == plan()
 
@@ -163,23 +163,23 @@ def test_settings_are_chosen_by_the_automatic_target_before_it_is_rounded() -> N
         contest.Lane("sgd", 0, 0): run_of(3, 1.48, 1.47),
         contest.Lane("sgd", 1, 0): run_of(3, 2, 1.41),
     }
-    aimed = contest.with_target(replace(plan(), target=contest.BY_TUNING), tuned)
+    aimed = contest.with_target(replace(plan(), targets=(contest.BY_TUNING,)), tuned)
     assert aimed.target == 1.5
-    assert contest.best_setting(aimed, find_rival("sgd"), tuned) == 1
+    assert contest.best_settings(aimed, find_rival("sgd"), tuned) == (1,)
 
 
 def test_automatic_target_needs_a_rival_that_is_tuned_and_ends() -> None:
-    made = replace(plan(names=("kfac",)), target=contest.BY_TUNING)
+    made = replace(plan(names=("kfac",)), targets=(contest.BY_TUNING,))
     with pytest.raises(OptionError, match=r"none is tuned here: name one in --rivals"):
         contest.check(made)
     with pytest.raises(OptionError, match=r"--grid-budget of 2 or more"):
-        contest.check(replace(plan(), target=contest.BY_TUNING, grid=1))
-    contest.check(replace(plan(), target=contest.BY_TUNING))
+        contest.check(replace(plan(), targets=(contest.BY_TUNING,), grid=1))
+    contest.check(replace(plan(), targets=(contest.BY_TUNING,)))
     contest.check(plan(names=("kfac",)))
     broken = [Record(1, 0.1, math.nan, diverged=True)]
     with pytest.raises(OptionError, match="every tuned run diverged; give a number"):
         contest.with_target(
-            replace(plan(), target=contest.BY_TUNING), {contest.Lane("sgd", 0, 0): broken}
+            replace(plan(), targets=(contest.BY_TUNING,)), {contest.Lane("sgd", 0, 0): broken}
         )
 
 

@@ -113,12 +113,12 @@ def test_kfac_is_asked_for_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_rivals_beside_the_dial_are_tuned_and_make_a_target() -> None:
-    here = replace(plan((0, 2), "sgd"), target=contest.BY_TUNING)
+    here = replace(plan((0, 2), "sgd"), targets=(contest.BY_TUNING,))
     assert {lane.rival for lane in contest.tuning_lanes(here)} == {"sgd"}
     tuned = {contest.Lane("sgd", 0, 0): run_of(3.01), contest.Lane("kfac+2", 0, 0): run_of(1)}
     assert contest.with_target(here, tuned).target == 3.1
     with pytest.raises(OptionError, match="none is tuned here"):
-        contest.check(replace(plan((0,)), target=contest.BY_TUNING))
+        contest.check(replace(plan((0,)), targets=(contest.BY_TUNING,)))
 
 
 def test_promises_are_medians_of_the_first_steps() -> None:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from itertools import takewhile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +20,7 @@ try:
     import typer
 
     from kronewton.lab import (
+        arrivals,
         bench,
         contest,
         dial,
@@ -29,12 +29,14 @@ try:
         plots,
         reports,
         session,
+        suite,
         verify,
     )
     from kronewton.lab.entries import Entry, read_entries
     from kronewton.lab.files import write_json
+    from kronewton.lab.journal import Journal, open_journal
     from kronewton.lab.rivals import RIVALS, Rival, Setting, available, describe, find_rival
-    from kronewton.lab.tasks import TASKS, Options, Task, find_task
+    from kronewton.lab.tasks import MNIST, TASKS, Options, Task, find_task
     from kronewton.lab.training import Budget, Run, start
 except ModuleNotFoundError as missing:
     raise SystemExit(
@@ -56,9 +58,7 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Measure costs.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
-TaskName = Annotated[
-    str, typer.Argument(metavar="TASK", help=f"{', '.join(TASKS)} or mnist-autoencoder.")
-]
+TaskName = Annotated[str, typer.Argument(metavar="TASK", help=f"{', '.join([*TASKS, *MNIST])}.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 and the like.")]
 Seed = Annotated[int, typer.Option(min=0, help="Draws initial weights and the order of batches.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write results here.")]
@@ -196,7 +196,7 @@ def compare_command(
         rivals=tuple(entry.rival for entry in entries),
         seeds=tuple(range(seed, seed + seeds)),
         budget=_budget(chosen, steps, seconds),
-        target=_target(chosen, target),
+        targets=(_target(chosen, target),),
         grid=grid_budget,
         device=_device(device),
         budgets={e.rival.name: _budget(chosen, e.steps, seconds) for e in entries if e.steps},
@@ -266,6 +266,64 @@ def step_cost_command(
         _write(out / "step-cost.json", costs)
 
 
+@bench_app.command("time-to-target")
+def time_to_target_command(
+    tasks: Annotated[list[str] | None, typer.Argument(metavar="[TASK]...")] = None,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full/--quick", help="All tasks and whole grids, hours; or four and small ones."
+        ),
+    ] = False,
+    rivals: Annotated[
+        str | None, typer.Option(help="Names with commas, as in compare. Default: the form's own.")
+    ] = None,
+    seeds: Seeds = 3,
+    grid_budget: Annotated[
+        int | None, typer.Option(min=1, help="Settings that each may try; the form has a default.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="K-FAC's; a rival has several times as many.")
+    ] = None,
+    data: Data = None,
+    out: Out = None,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Race K-FAC, nothing set, against tuned rivals to fixed training losses, by the clock.
+
+    Every rival is tuned for each target on the first seed; then all run in turn on every seed, up
+    to the last target. With --out, what has been run is kept: the same command goes on from there.
+    """
+    form = suite.FULL if full else suite.QUICK
+    seen = tuple(range(seed, seed + seeds))
+    order = suite.Order(seen, _device(device), rivals, grid_budget, steps)
+    chosen = suite.find_tasks(form, tasks or (), data)
+    _check_files(out, json)
+    plans = [suite.plan_of(form, order, task) for task in chosen]
+    for plan in plans:
+        contest.check(plan)
+    if full and not tasks and data is None:
+        print(f"Without {' and '.join(MNIST)}: --data PATH adds them.", file=sys.stderr)
+    # All are opened before anything runs, so that a folder of another contest is refused at once.
+    boards = [
+        Journal() if out is None else open_journal(out / f"{plan.task.name}.jsonl", plan)
+        for plan in plans
+    ]
+    results = []
+    with session.ctrl_c() as pressed:
+        for plan, board in zip(plans, boards, strict=True):
+            suite.compete_(plan, board, pressed, f"{plan.task.name}, ")
+            if pressed():
+                break
+            results.append(_arrived(plan, board, out))
+        interrupted = pressed()
+    _summarise(results, out, json)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
 @app.command("demo")
 def demo_command(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the picture.")] = Path(
@@ -289,7 +347,7 @@ def demo_command(
         rivals=tuple(find_rival(name) for name in names),
         seeds=(seed, seed + 1, seed + 2),
         budget=_budget(task, None, None),
-        target=task.target,
+        targets=(task.target,),
         grid=DEMO_GRID,
         device=_device(device),
     )
@@ -300,40 +358,41 @@ def demo_command(
 
 def _compare(plan: contest.Plan, out: Path | None, json: Path | None) -> None:
     """Tune, race, and report what was run, all of it or up to Ctrl-C."""
-    tuned: contest.Board = {}
-    raced: contest.Board = {}
+    board = Journal()
     with session.ctrl_c() as pressed:
-        _advance("tuning", plan, contest.tuning_lanes(plan), contest.tune_(plan, tuned), pressed)
-        if not pressed():
-            plan = _aimed(plan, tuned)
-            lanes = contest.racing_lanes(plan, tuned)
-            _advance("racing", plan, lanes, contest.race_(plan, tuned, raced), pressed)
+        aimed = suite.compete_(plan, board, pressed)
         interrupted = pressed()
-    _report(reports.summarise(plan, tuned, raced, interrupted), plan, raced, out, json)
+    if aimed.target != plan.target:
+        print(f"Target {aimed.target:g}: what the best tuned rival ended with, rounded up.")
+    report = reports.summarise(aimed, board.tuned, board.raced, interrupted)
+    _report(report, aimed, board.raced, out, json)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
 
 
-def _aimed(plan: contest.Plan, tuned: contest.Board) -> contest.Plan:
-    """The plan with a target; said aloud where tuning found it."""
-    aimed = contest.with_target(plan, tuned)
-    if aimed.target != plan.target:
-        print(f"Target {aimed.target:g}: what the best tuned rival ended with, rounded up.")
-    return aimed
+def _arrived(plan: contest.Plan, board: Journal, out: Path | None) -> suite.Result:
+    """Report on one task, as soon as it has been run."""
+    result = suite.result_of(plan, board)
+    display.output().print(arrivals.task_table(plan, result.goals))
+    if out is not None:
+        picture = out / f"{plan.task.name}.png"
+        plots.arrival_plot(plan, board.raced, result.goals, picture)
+        print(f"Picture: {picture}\n")
+    return result
 
 
-def _advance(
-    label: str,
-    plan: contest.Plan,
-    lanes: Sequence[contest.Lane],
-    turns: Iterator[contest.Lane],
-    pressed: Callable[[], bool],
-) -> None:
-    """Take the lanes' steps under a bar, up to Ctrl-C."""
-    if lanes:
-        with display.lane_bar(label, plan, lanes) as show:
-            for lane in takewhile(lambda _: not pressed(), turns):
-                show(lane)
+def _summarise(results: Sequence[suite.Result], out: Path | None, json: Path | None) -> None:
+    goals = [goal for result in results for goal in result.goals]
+    said = arrivals.verdict(goals)
+    document = {"verdict": said, "threads": torch.get_num_threads(), "tasks": results}
+    _write(json, document)
+    if goals:
+        display.output().print(arrivals.summary_table(goals))
+        if out is not None:
+            _write(out / "time-to-target.json", document)
+            plots.ratio_plot(goals, out / "time-to-target.png")
+            print(f"Picture: {out / 'time-to-target.png'}")
+    print(said)
 
 
 def _report(

@@ -1,9 +1,9 @@
-"""Rivals against each other: every one tuned over its grid, then all seeds in turn."""
+"""Rivals against each other: every one tuned over its grid, then all in turn, seed by seed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,20 +22,25 @@ BY_TUNING = -math.inf  # the target before it is known: no loss is low enough
 class Plan:
     """Who runs what, how long and how often.
 
-    target: training loss to reach, in the task's unit. grid: how many settings each rival may try.
-    budgets: by name, for the rivals whose runs have a length of their own. aim: the target as
-    settings are chosen by it, where it was rounded for the race.
+    targets: training losses to reach, in the task's unit, the last one the lowest. grid: how many
+    settings each rival may try. budgets: by name, for the rivals whose runs have a length of their
+    own. aims: the targets as settings are chosen by them, where they were rounded for the race.
     """
 
     task: Task
     rivals: tuple[Rival, ...]
     seeds: tuple[int, ...]
     budget: Budget
-    target: float
+    targets: tuple[float, ...]
     grid: int
     device: torch.device
     budgets: Mapping[str, Budget] = field(default_factory=dict)
-    aim: float | None = None
+    aims: tuple[float, ...] = ()
+
+    @property
+    def target(self) -> float:
+        """The last of the targets."""
+        return self.targets[-1]
 
     def settings(self, rival: Rival) -> tuple[Setting, ...]:
         return rival.grid[: self.grid]
@@ -59,6 +64,11 @@ class Lane:
 
 
 Board = dict[Lane, list[Record]]
+Keep = Callable[[Sequence[Lane]], None]  # told of lanes that have ended and will not change
+
+
+def forget(lanes: Sequence[Lane]) -> None:
+    """Keep nothing."""
 
 
 def tuning_lanes(plan: Plan) -> list[Lane]:
@@ -71,22 +81,37 @@ def tuning_lanes(plan: Plan) -> list[Lane]:
     ]
 
 
-def racing_lanes(plan: Plan, tuned: Board) -> list[Lane]:
-    """Every rival at its best setting, on every seed; rivals next to each other within a seed."""
-    best = {rival.name: best_setting(plan, rival, tuned) for rival in plan.rivals}
-    return [Lane(name, best[name], seed) for seed in plan.seeds for name in best]
+def racing_lanes(plan: Plan, tuned: Board) -> dict[Lane, Budget]:
+    """Every rival at its best settings, on every seed; rivals next to each other within a seed.
+
+    Where runs end at a target, each goes on to the lowest for which its setting is the best.
+    """
+    lanes = {}
+    for seed in plan.seeds:
+        for rival in plan.rivals:
+            # A setting that is the best for two targets stands here with the second, lower one.
+            lowest = dict(zip(best_settings(plan, rival, tuned), plan.targets, strict=True))
+            for setting, target in lowest.items():
+                budget = plan.budget_of(rival.name)
+                until = target if math.isfinite(budget.until) else budget.until
+                lanes[Lane(rival.name, setting, seed)] = replace(budget, until=until)
+    return lanes
 
 
-def best_setting(plan: Plan, rival: Rival, tuned: Board) -> int:
-    """The setting that reached the target in the fewest steps, or else ended lowest."""
+def best_settings(plan: Plan, rival: Rival, tuned: Board) -> tuple[int, ...]:
+    """For each target the setting that reached it in the fewest steps, or else ended lowest.
+
+    By steps and not by the clock: a step of one optimizer costs the same at all its settings.
+    """
     lanes = [lane for lane in tuned if lane.rival == rival.name]
-    aim = plan.target if plan.aim is None else plan.aim
 
-    def merit(lane: Lane) -> tuple[float, float]:
-        reached = first_below(tuned[lane], aim)
-        return (math.inf if reached is None else reached.step), final_loss(tuned[lane])
+    def best(aim: float) -> int:
+        def merit(lane: Lane) -> tuple[float, float]:
+            return steps_to(tuned[lane], aim), final_loss(tuned[lane])
 
-    return min(lanes, key=merit).setting if lanes else 0
+        return min(lanes, key=merit).setting if lanes else 0
+
+    return tuple(map(best, plan.aims or plan.targets))
 
 
 def check(plan: Plan) -> list[Run]:
@@ -120,7 +145,7 @@ def with_target(plan: Plan, tuned: Board) -> Plan:
     lowest = min(final_loss(rs) for lane, rs in tuned.items() if family(lane.rival) != KFAC)
     if math.isinf(lowest):
         raise OptionError("--target auto found no loss: every tuned run diverged; give a number.")
-    return replace(plan, target=_rounded_up(lowest), aim=lowest)
+    return replace(plan, targets=(_rounded_up(lowest),), aims=(lowest,))
 
 
 def _rounded_up(value: float) -> float:
@@ -130,48 +155,75 @@ def _rounded_up(value: float) -> float:
     return max(value, float(f"{math.ceil(value / unit) * unit:.2g}"))
 
 
-def run_(plan: Plan, lanes: Sequence[Lane], board: Board) -> Iterator[Lane]:
+def run_(plan: Plan, lanes: Mapping[Lane, Budget], board: Board) -> Iterator[Lane]:
     """Run lanes in turn onto the board, and tell after each step whose it was."""
     rivals = {rival.name: rival for rival in plan.rivals}
     runs = {}
-    for lane in lanes:
+    for lane, budget in lanes.items():
         rival = rivals[lane.rival]
         setting = plan.settings(rival)[lane.setting]
-        run = start(plan.task, rival, setting, lane.seed, plan.device)
-        runs[lane] = train(run, plan.budget_of(lane.rival))
+        runs[lane] = train(start(plan.task, rival, setting, lane.seed, plan.device), budget)
         board[lane] = []
-    for lane, record in interleave(runs, _turns(plan, lanes)):
+    for lane, record in interleave(runs, _turns(lanes)):
         board[lane].append(record)
         yield lane
 
 
-def _turns(plan: Plan, lanes: Sequence[Lane]) -> dict[Lane, int]:
+def _turns(lanes: Mapping[Lane, Budget]) -> dict[Lane, int]:
     """The steps of each run's turn, in proportion to its length, so that all end together."""
-    steps = {lane: plan.budget_of(lane.rival).steps for lane in lanes}
-    if math.isfinite(plan.budget.seconds):  # the clock ends the runs: steps are no length
-        return dict.fromkeys(steps, CHUNK)
-    shortest = min(steps.values())
-    return {lane: math.ceil(CHUNK * count / shortest) for lane, count in steps.items()}
+    if any(math.isfinite(budget.seconds) for budget in lanes.values()):
+        return dict.fromkeys(lanes, CHUNK)  # the clock ends the runs: steps are no length
+    shortest = min(budget.steps for budget in lanes.values())
+    return {lane: math.ceil(CHUNK * budget.steps / shortest) for lane, budget in lanes.items()}
 
 
-def tune_(plan: Plan, board: Board) -> Iterator[Lane]:
-    """Run the grids, one setting after the other: their clocks decide nothing."""
+def tune_(plan: Plan, board: Board, keep: Keep = forget) -> Iterator[Lane]:
+    """Run the grids, one setting after the other: their clocks decide nothing.
+
+    Lanes that the board has are not run again.
+    """
     for lane in tuning_lanes(plan):
-        yield from run_(plan, [lane], board)
+        if lane not in board:
+            yield from run_(plan, {lane: _while_it_can_win(plan, lane, board)}, board)
+            keep([lane])
 
 
-def race_(plan: Plan, tuned: Board, board: Board) -> Iterator[Lane]:
-    """Run every rival at its best setting on every seed, all in turn in one process."""
+def _while_it_can_win(plan: Plan, lane: Lane, tuned: Board) -> Budget:
+    """Where runs end at the last target, no more steps than the best setting so far took to it.
+
+    What another target takes is not lost: the best setting for it takes fewer steps still.
+    """
+    budget = plan.budget_of(lane.rival)
+    others = [records for other, records in tuned.items() if other.rival == lane.rival]
+    fewest = min((steps_to(records, budget.until) for records in others), default=math.inf)
+    return replace(budget, steps=int(min(budget.steps, fewest)))
+
+
+def race_(plan: Plan, tuned: Board, board: Board, keep: Keep = forget) -> Iterator[Lane]:
+    """Run every rival at its best settings, a seed after the other, all of a seed in turn.
+
+    Seeds of which the board has all lanes are not run again. The others are, whole: clocks are
+    compared within a seed, so that they must have run beside each other.
+    """
     lanes = racing_lanes(plan, tuned)
+    groups = [{lane: b for lane, b in lanes.items() if lane.seed == seed} for seed in plan.seeds]
+    left = [group for group in groups if not all(lane in board for lane in group)]
     # What a process does only once (loading kernels, first allocations) falls on no one's clock.
-    warm = replace(plan, budget=Budget(steps=WARM_UP), budgets={})
-    for _ in run_(warm, lanes[: len(plan.rivals)], {}):
+    for _ in run_(plan, dict.fromkeys(left[0], Budget(steps=WARM_UP)), {}) if left else ():
         pass
-    yield from run_(plan, lanes, board)
+    for group in left:
+        yield from run_(plan, group, board)
+        keep(list(group))
+
+
+def steps_to(records: Sequence[Record], target: float) -> float:
+    """The first evaluated step whose training loss is at the target or below; infinite if none."""
+    reached = first_below(records, target)
+    return math.inf if reached is None else reached.step
 
 
 def first_below(records: Sequence[Record], target: float) -> Record | None:
-    """The first evaluated step whose training loss is at the target or below."""
+    """The record of that step."""
     for record in records:
         if record.train_loss is not None and record.train_loss <= target:
             return record

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -37,22 +38,39 @@ def step_bar(label: str, budget: Budget, done: int) -> Iterator[Callable[[Record
         yield lambda record: progress.update(bar, completed=record.step, note=_note(record))
 
 
+class Bar:
+    """A bar over the steps of several runs, with the name of the one whose turn it is."""
+
+    def __init__(self, progress: Progress, label: str, plan: Plan, lanes: Mapping[Lane, Budget]):
+        self._progress, self._lanes = progress, lanes
+        self._names = {rival.name: rival.label for rival in plan.rivals}
+        self._done: Counter[Lane] = Counter()
+        total = sum(budget.steps for budget in lanes.values())
+        timed = math.isfinite(plan.budget.seconds)
+        self._task = progress.add_task(label, total=None if timed else total, note="")
+
+    def step(self, lane: Lane) -> None:
+        """A lane has made a step."""
+        self._done[lane] += 1
+        note = f"{self._names[lane.rival]}, setting {lane.setting + 1}, seed {lane.seed}"
+        self._progress.update(self._task, advance=1, note=note)
+
+    def close(self, lanes: Sequence[Lane]) -> None:
+        """Lanes have ended, maybe before their time."""
+        for lane in lanes:
+            if lane in self._lanes:
+                left = self._lanes[lane].steps - self._done[lane]
+                self._progress.update(self._task, advance=left)
+
+
 @contextmanager
-def lane_bar(label: str, plan: Plan, lanes: Sequence[Lane]) -> Iterator[Callable[[Lane], None]]:
-    """A bar over all steps of several runs, with the name of the one whose turn it is."""
-    steps = sum(plan.budget_of(lane.rival).steps for lane in lanes)
-    total = steps if math.isinf(plan.budget.seconds) else None
-    names = {rival.name: rival.label for rival in plan.rivals}
-    with _progress(TextColumn("{task.fields[note]}")) as progress:
-        bar = progress.add_task(label, total=total, note="")
-        yield lambda lane: progress.update(
-            bar,
-            advance=1,
-            note=f"{names[lane.rival]}, setting {lane.setting + 1}, seed {lane.seed}",
-        )
+def lane_bar(label: str, plan: Plan, lanes: Mapping[Lane, Budget]) -> Iterator[Bar]:
+    """A bar over all steps that the lanes may take."""
+    with _progress(TextColumn("{task.fields[note]}"), shown=bool(lanes)) as progress:
+        yield Bar(progress, label, plan, lanes)
 
 
-def _progress(*columns: ProgressColumn) -> Progress:
+def _progress(*columns: ProgressColumn, shown: bool = True) -> Progress:
     # On stderr, so that what is piped onwards is the result alone.
     return Progress(
         TextColumn("{task.description}"),
@@ -63,6 +81,7 @@ def _progress(*columns: ProgressColumn) -> Progress:
         TextColumn("ETA"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
+        disable=not shown,
     )
 
 

@@ -24,11 +24,21 @@ def write_lines(path: Path, values: Iterable[object]) -> None:
     _write(path, "".join(json.dumps(_plain(value)) + "\n" for value in values))
 
 
+def append_lines(path: Path, values: Iterable[object]) -> None:
+    """Add one JSON document a line, all of them in one write."""
+    text = "".join(json.dumps(_plain(value)) + "\n" for value in values)
+    try:
+        with path.open("a") as file:
+            file.write(text)
+    except OSError as error:
+        raise DataError(f"{path} can't be written ({error.strerror}).") from error
+
+
 def read_records(path: Path, until: int) -> list[Record]:
     """The records of a run up to a step, from the lines that `write_lines` left."""
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        records = [_record(line) for line in lines]
+        records = [record_of(line) for line in lines]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
             f"{path} is missing or damaged, and --resume needs it; train again without --resume."
@@ -36,7 +46,9 @@ def read_records(path: Path, until: int) -> list[Record]:
     return [record for record in records if record.step <= until]
 
 
-def _record(line: dict[str, Any]) -> Record:
+def record_of(line: dict[str, Any]) -> Record:
+    """A record as JSON brings it back. Raises TypeError or KeyError if it is none."""
+
     def number(value: float | None) -> float:
         return math.nan if value is None else value
 

@@ -19,8 +19,9 @@ from matplotlib.ticker import LogLocator
 
 from kronewton import Explanation
 from kronewton.errors import DataError
+from kronewton.lab.arrivals import CLEARLY, Goal
 from kronewton.lab.bench import StepCost
-from kronewton.lab.contest import Board, Plan
+from kronewton.lab.contest import Board, Plan, first_below
 from kronewton.lab.dial import Notch
 from kronewton.lab.ladder import DRAWS, RUNGS, Ladder
 from kronewton.lab.reports import Line, Spread, digits
@@ -143,6 +144,91 @@ def _out_of_sight(ax: Axes, lines: Sequence[tuple[float, Line]]) -> None:
     if words:
         text = f"above: {', '.join(words)}"
         ax.text(1, 1.02, text, transform=ax.transAxes, ha="right", fontsize=8, color=INK)
+
+
+def arrival_plot(plan: Plan, raced: Board, found: Sequence[Goal], path: Path) -> None:
+    """Training loss against seconds, a line for each run, and a dot where it is at a target."""
+    figure, ax = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    for rival in plan.rivals:
+        runs = [records for lane, records in raced.items() if lane.rival == rival.name]
+        for place, records in enumerate(runs):
+            _approach(ax, rival, records, plan.targets, label="_" if place else rival.label)
+    _dress(ax)
+    for target in plan.targets:
+        ax.axhline(target, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    ax.set(xlabel="seconds of training", ylabel=f"training loss ({plan.task.unit})")
+    ax.set_xlim(0, _seconds_to_see(found, raced))
+    ax.legend(frameon=False, fontsize=9, loc="upper right")
+    count = f"{len(plan.seeds)} seeds" if len(plan.seeds) > 1 else "one seed"
+    _title(figure, plan.task, f"each rival at its best settings, {count}; dashed: the targets")
+    _save(figure, path)
+
+
+def _approach(
+    ax: Axes, rival: Rival, records: Sequence[Record], targets: Sequence[float], label: str
+) -> None:
+    colour, front = COLOURS[rival.name], rival.name == KFAC
+    seen = [r for r in records if r.train_loss is not None and not r.diverged]
+    points = [(r.seconds, max(r.train_loss or LEAST, LEAST)) for r in seen]
+    width, order = (2, 5) if front else (1.2, 3)
+    ax.plot(*zip(*points, strict=True), color=colour, linewidth=width, zorder=order, label=label)
+    for first in filter(None, (first_below(records, target) for target in targets)):
+        height = max(first.train_loss or LEAST, LEAST)
+        ax.plot(first.seconds, height, "o", color=colour, markersize=4, zorder=order)
+
+
+def _seconds_to_see(found: Sequence[Goal], raced: Board) -> float:
+    """Until all have arrived that do before long: who is late runs out of the picture."""
+    ends = sorted(a.seconds.high for goal in found for a in (goal.kfac, *goal.rivals))
+    known = [end for end in ends if math.isfinite(end)]
+    if not known:
+        return max(records[-1].seconds for records in raced.values())
+    kfac = [goal.kfac.seconds.high for goal in found if math.isfinite(goal.kfac.seconds.high)]
+    return 1.05 * min(known[-1], max(LONG * known[0], *(2.5 * end for end in kfac), 0.0))
+
+
+def ratio_plot(found: Sequence[Goal], path: Path) -> None:
+    """K-FAC's seconds in parts of the best rival's, median and range, a line for each target."""
+    figure, ax = plt.subplots(figsize=(8, 1.4 + 0.36 * len(found)), layout="constrained")
+    rows = list(enumerate(reversed(found)))
+    ends = [v for goal in found if goal.ratio for v in (goal.ratio.low, goal.ratio.high)]
+    known = [v for v in ends if 0 < v < math.inf]
+    low, high = min([0.4, *known]) / 1.5, 1.5 * max([2.0, *known])
+    for row, goal in rows:
+        _ratio_mark(ax, row, goal, low, high)
+    ax.set_yticks([row for row, _ in rows], [f"{g.task}, {g.target:g}" for _, g in rows])
+    ax.set_xscale("log")
+    ax.set(xlim=(low, high), ylim=(-0.7, len(found) - 0.3))
+    ax.set_xlabel("K-FAC's seconds in parts of the best tuned rival's", fontsize=9, color=INK)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("")
+    _frame(ax)
+    ax.grid(False, axis="y")
+    ax.axvline(1, color=INK, linewidth=1, zorder=1)
+    ax.axvline(CLEARLY, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    said = "Time to a training loss, K-FAC with nothing set: median and range over seeds"
+    figure.suptitle(said, x=0.01, ha="left", fontsize=10, color=INK)
+    _save(figure, path)
+
+
+def _ratio_mark(ax: Axes, row: int, goal: Goal, low: float, high: float) -> None:
+    """A dot with its range and the rival's name; a word at an edge where there is no ratio."""
+    colour = COLOURS[KFAC] if goal.won else COLOURS["sgd"]
+    if goal.best is None or goal.ratio is None:
+        said, place = ("no rival arrives", low) if goal.won else ("none arrives", 1.0)
+        ax.text(1.04 * place, row, said, va="center", fontsize=8, color=colour)
+        return
+    middle = goal.ratio.median
+    if math.isinf(middle):
+        ax.text(high / 1.04, row, f"K-FAC never, {goal.best.label} does", va="center", ha="right",
+                fontsize=8, color=colour)  # fmt: skip
+        return
+    ends = (max(goal.ratio.low, low), min(goal.ratio.high, high))
+    ax.plot(ends, (row, row), color=colour, linewidth=6, alpha=0.35, solid_capstyle="butt")
+    ax.plot(max(middle, low), row, "o", color=colour, markersize=7, zorder=4)
+    ax.annotate(goal.best.label, (ends[1], row), xytext=(7, 0), textcoords="offset points",
+                va="center", fontsize=8, color=INK, bbox=BLANK)  # fmt: skip
 
 
 def run_plot(task: Task, label: str, name: str, records: Sequence[Record], path: Path) -> None:

@@ -14,7 +14,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from kronewton.lab.contest import Board, Plan, best_setting, final_loss, first_below
+from kronewton.lab.contest import Board, Plan, best_settings, final_loss, first_below
 from kronewton.lab.rivals import KFAC, Rival, describe, family
 from kronewton.lab.training import Record
 
@@ -120,7 +120,7 @@ def _match(rival: Rival, raced: Board) -> Match | None:
         shares.append(steps[-1] / records[-1].step)
     if not (kfac and ends):
         return None
-    spreads = (_spread(values) for values in (ends, steps, shares))
+    spreads = (spread(values) for values in (ends, steps, shares))
     return Match(rival.name, rival.label, len(ends), *spreads)
 
 
@@ -134,25 +134,26 @@ def _line(plan: Plan, rival: Rival, tuned: Board, raced: Board) -> Line | None:
     return Line(
         rival=rival.name,
         label=rival.label,
-        setting=describe(plan.settings(rival)[best_setting(plan, rival, tuned)]),
+        setting=describe(plan.settings(rival)[best_settings(plan, rival, tuned)[-1]]),
         tried=len(plan.settings(rival)),
         seeds=len(runs),
         length=plan.budget_of(rival.name).steps,
         reached=sum(first is not None for first in firsts),
-        steps=_spread(math.inf if first is None else first.step for first in firsts),
-        seconds=_spread(math.inf if first is None else first.seconds for first in firsts),
+        steps=spread(math.inf if first is None else first.step for first in firsts),
+        seconds=spread(math.inf if first is None else first.seconds for first in firsts),
         step_ratio=None,
         second_ratio=None,
         last_step=median(records[-1].step for records in runs),
         last_seconds=median(records[-1].seconds for records in runs),
-        final=_spread(finals),
+        final=spread(finals),
         lowest_in_grid=min([*grid, *finals]),
         test=_last(runs, lambda record: record.test_loss),
         metric=_last(runs, lambda record: record.metric) if plan.task.metric else None,
     )
 
 
-def _spread(values: Iterable[float]) -> Spread:
+def spread(values: Iterable[float]) -> Spread:
+    """Median and range of some numbers, one at least."""
     ordered = sorted(values)
     return Spread(median(ordered), ordered[0], ordered[-1])
 
@@ -210,11 +211,11 @@ def _soon(line: Line) -> list[str]:
 
 
 def steps_to_target(line: Line) -> str:
-    return _range(line.steps, lambda value: "never" if math.isinf(value) else f"{value:.0f}")
+    return ranged(line.steps, lambda value: "never" if math.isinf(value) else f"{value:.0f}")
 
 
 def seconds_to_target(line: Line) -> str:
-    return _range(line.seconds, lambda value: "never" if math.isinf(value) else digits(value))
+    return ranged(line.seconds, lambda value: "never" if math.isinf(value) else digits(value))
 
 
 def _end(line: Line) -> list[str]:
@@ -222,7 +223,7 @@ def _end(line: Line) -> list[str]:
         line.label,
         f"{line.last_step:.0f}",
         digits(line.last_seconds),
-        _range(line.final, number),
+        ranged(line.final, number),
         number(line.lowest_in_grid),
         number(line.test),
     ]
@@ -264,11 +265,12 @@ def clock_said(report: Report) -> str:
     return f"Seconds are of training alone, {report.device}, {threads}."
 
 
-def _range(spread: Spread, show: Callable[[float], str]) -> str:
-    text = show(spread.median)
-    if spread.low == spread.high or math.isinf(spread.median):
+def ranged(values: Spread, show: Callable[[float], str]) -> str:
+    """The median as shown, and the range behind it if it is one."""
+    text = show(values.median)
+    if values.low == values.high or math.isinf(values.median):
         return text
-    return f"{text} [{show(spread.low)}–{show(spread.high)}]"
+    return f"{text} [{show(values.low)}–{show(values.high)}]"
 
 
 def _ratio(value: float | None) -> str:
@@ -317,7 +319,7 @@ def match_said(match: Match) -> str:
     over = f"{match.seeds} seeds, each against its own" if match.seeds > 1 else "one seed"
     if math.isinf(match.share.median):
         return f"K-FAC does not reach {end} in its steps ({over})."
-    share = _range(match.share, lambda value: "never" if math.isinf(value) else f"{value:.2f}")
+    share = ranged(match.share, lambda value: "never" if math.isinf(value) else f"{value:.2f}")
     steps = f"{match.steps.median:.0f} step{'' if match.steps.median == 1 else 's'}"
     return f"K-FAC reaches {end} in {steps}, {share} of {match.label}'s ({over})."
 

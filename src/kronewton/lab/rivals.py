@@ -34,7 +34,9 @@ KFAC = "kfac"
 class Rival:
     """An optimizer by name, its constructor and its grid.
 
-    closure: the step calls the loss by itself, more than once.
+    closure: the step calls the loss by itself, more than once. patience: how many steps it may take
+    where K-FAC may take one, more than it has time for: no rival is to run out of steps for being
+    cheap.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Rival:
     make: Callable[[nn.Module, Criteria, Setting], Optimizer]
     grid: tuple[Setting, ...]
     closure: bool = False
+    patience: int = 6
 
 
 def find_rival(name: str) -> Rival:
@@ -94,12 +97,14 @@ def _adamw(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
 
 
 def _lbfgs(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
-    # One iteration a step, so that its steps compare with the others'.
+    # Several iterations a step: torch evaluates the loss anew at the start of every step, which
+    # would double the cost of a single one.
+    iterations = int(setting["iterations"])
     return torch.optim.LBFGS(
         model.parameters(),
         setting["lr"],
-        max_iter=1,
-        max_eval=27,  # the step's own and those of the line search
+        max_iter=iterations,
+        max_eval=27 * iterations,  # more than its line searches take
         history_size=int(setting["history"]),
         tolerance_grad=0.0,
         tolerance_change=0.0,
@@ -116,35 +121,51 @@ def _soap(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
 
 def _shampoo(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
     assert extra is not None
-    # New roots in every step, the package's default: it diverges with old ones.
-    optimizer: Optimizer = extra.Shampoo(model.parameters(), setting["lr"], setting["momentum"])
+    optimizer: Optimizer = extra.ScalableShampoo(
+        model.parameters(),
+        setting["lr"],
+        (setting["beta1"], 0.99),
+        moving_average_for_momentum=True,
+        nesterov=False,
+        start_preconditioning_step=ROOTS_EVERY,  # there are none before
+        preconditioning_compute_steps=ROOTS_EVERY,
+        graft_type=RMSPROP,
+    )
     return optimizer
+
+
+def _hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """All matrices but embeddings and the last one, the output's, as Muon's author has it."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    matrices = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in tables]
+    return matrices[:-1]
 
 
 def _muon(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
     assert extra is not None
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    # AdamW trains the vectors, at a tenth of the learning rate.
+    hidden = _hidden_matrices(model)
+    chosen = {id(p) for p in hidden}
+    # AdamW trains the rest, at a tenth of the learning rate.
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    lr, momentum = setting["lr"], setting["momentum"]
     groups = [
-        {
-            "params": matrices,
-            "lr": setting["lr"],
-            "momentum": setting["momentum"],
-            "use_muon": True,
-        },
-        {"params": vectors, "lr": setting["lr"] / 10, "use_muon": False},
+        {"params": hidden, "lr": lr, "momentum": momentum, "use_muon": True},
+        {"params": rest, "lr": lr / 10, "use_muon": False},
     ]
     optimizer: Optimizer = extra.Muon([g for g in groups if g["params"]], weight_decay=0.0)
     return optimizer
 
 
 LETTERS = {"beta1": "β₁", "momentum": "μ"}
+ROOTS_EVERY = 10  # steps from one root of Shampoo's matrices to the next, as often as SOAP's bases
+RMSPROP = 3  # the length of Shampoo's steps is RMSProp's, as in Anil et al. 2020
 EXTRA = ("soap", "shampoo", "muon")
 _SMALL = (3e-3, 1e-2, 1e-3, 3e-2, 3e-4, 1e-1)
+_MIDDLE = (1e-2, 3e-2, 3e-3, 1e-3, 1e-1, 3e-4)
+_MUONS = (3e-2, 1e-2, 1e-1, 3e-3, 3e-1, 1e-3)
 _LARGE = (0.1, 0.3, 0.03, 1.0, 0.01, 3.0)
 _ALL = (
-    Rival("kfac", "K-FAC", _kfac, ({},)),
+    Rival("kfac", "K-FAC", _kfac, ({},), patience=1),
     Rival("sgd", "SGD", _sgd, _grid(_LARGE, "momentum", (0.9, 0.98))),
     Rival("adam", "Adam", _adam, _grid(_SMALL, "beta1", (0.9, 0.8))),
     Rival("adamw", "AdamW", _adamw, _grid(_SMALL, "beta1", (0.9, 0.8))),
@@ -152,13 +173,15 @@ _ALL = (
         "lbfgs",
         "L-BFGS",
         _lbfgs,
-        _grid((1.0, 0.3, 0.1, 0.03, 3.0, 0.01), "history", (20, 100)),
+        tuple(
+            {"lr": lr, "history": history, "iterations": 5}
+            for lr, history in product((1.0, 0.3, 3.0, 0.1), (30, 100, 10))
+        ),
         closure=True,
+        patience=2,
     ),
-    Rival("soap", "SOAP", _soap, _grid(_SMALL, "beta1", (0.95, 0.8))),
-    Rival("shampoo", "Shampoo", _shampoo, _grid(_LARGE, "momentum", (0.0, 0.5))),
-    Rival(
-        "muon", "Muon", _muon, _grid((3e-2, 1e-2, 1e-1, 3e-3, 3e-1, 1e-3), "momentum", (0.95, 0.8))
-    ),
+    Rival("soap", "SOAP", _soap, _grid(_MIDDLE, "beta1", (0.95, 0.8)), patience=4),
+    Rival("shampoo", "Shampoo", _shampoo, _grid(_SMALL, "beta1", (0.9, 0.8)), patience=2),
+    Rival("muon", "Muon", _muon, _grid(_MUONS, "momentum", (0.95, 0.8)), patience=4),
 )
 RIVALS = {rival.name: rival for rival in _ALL}

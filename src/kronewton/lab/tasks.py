@@ -22,6 +22,7 @@ from kronewton.lab.problems import Examples, Problem
 NOTE_WIDTHS = (784, 1024, 1024, 1024, 196, 1024, 1024, 1024, 784)
 SMALL_WIDTHS = (784, 256, 256, 64, 256, 256, 784)
 TEST_IMAGES = 1000
+MNIST = MNIST_LARGE, MNIST_SMALL = ("mnist-autoencoder", "mnist-autoencoder-small")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Metric:
 class Task:
     """A problem to build, and how long it is worth training.
 
-    batch_size None means the whole training set in every step. target is in the task's unit.
+    batch_size None means the whole training set in every step. targets: training losses to
+    reach, in the task's unit, the last one the lowest.
     scale: what the criterion's loss is multiplied with, for torch's mean over all outputs has a
     gradient so small that the absolute epsilons of Adam and its kin would hold them back.
     explained: of how many examples `explain` draws its ladder, where a batch would take minutes.
@@ -46,13 +48,18 @@ class Task:
     summary: str
     build: Callable[[int, torch.device], Problem]
     steps: int
-    target: float
+    targets: tuple[float, ...]
     batch_size: int | None = None
     dtype: torch.dtype = torch.float32
     metric: Metric | None = None
     scale: float = 1.0
     unit: str = "loss"
     explained: int | None = None
+
+    @property
+    def target(self) -> float:
+        """The last of the targets."""
+        return self.targets[-1]
 
     def described(self) -> str:
         """The task in one line."""
@@ -73,10 +80,10 @@ class Options:
 def find_task(name: str, options: Options | None = None) -> Task:
     """The task of that name. Raises OptionError if there is none or if it lacks an option."""
     options = options or Options()
-    if name == "mnist-autoencoder":
-        task = _mnist_autoencoder(options)
+    if name in MNIST:
+        task = _mnist_autoencoder(replace(options, small=options.small or name == MNIST_SMALL))
     elif name not in TASKS:
-        allowed = ", ".join([*TASKS, "mnist-autoencoder"])
+        allowed = ", ".join([*TASKS, *MNIST])
         raise OptionError(f"there is no task {name!r}; the tasks are {allowed}.")
     elif options.data or options.small or options.examples:
         raise OptionError(f"{name} takes no --data, --small or --examples; mnist-autoencoder does.")
@@ -110,11 +117,11 @@ def _mnist_autoencoder(options: Options) -> Task:
         return Problem(model, nn.MSELoss(), train.to(device), test.to(device))
 
     return Task(
-        "mnist-autoencoder",
+        MNIST_SMALL if options.small else MNIST_LARGE,
         f"{count} MNIST digits through {'-'.join(map(str, widths))}, all sigmoid",
         build,
         steps=100,
-        target=1.0,
+        targets=(2.0, 1.0),
         scale=392.0,
         unit="half the squared error per image",
     )
@@ -126,7 +133,7 @@ _ALL = (
         "8×8 digits through 64-128-128-10, ReLU, cross-entropy",
         problems.digits_mlp,
         steps=200,
-        target=0.01,
+        targets=(0.01,),
         batch_size=128,
         unit="cross-entropy",
         metric=Metric("accuracy", _accuracy),
@@ -136,7 +143,7 @@ _ALL = (
         "8×8 digits through 64-32-16-8-16-32-64, all sigmoid",
         problems.digits_autoencoder,
         steps=200,
-        target=0.5,
+        targets=(0.5,),
         scale=32.0,
         unit="half the squared error per image",
     ),
@@ -145,7 +152,7 @@ _ALL = (
         "8×8 digits through two convolutions of 16 and 32 channels, ReLU, cross-entropy",
         problems.digits_cnn,
         steps=200,
-        target=0.01,
+        targets=(0.01,),
         batch_size=128,
         unit="cross-entropy",
         metric=Metric("accuracy", _accuracy),
@@ -155,7 +162,7 @@ _ALL = (
         "8×8 digits through two convolutions of 16 and 32 channels with batch normalisation",
         problems.digits_bn_cnn,
         steps=200,
-        target=0.01,
+        targets=(0.01,),
         batch_size=128,
         unit="cross-entropy",
         metric=Metric("accuracy", _accuracy),
@@ -165,7 +172,7 @@ _ALL = (
         "8×8 digits through a ResNet-20 of 8, 16 and 32 channels, batch normalisation",
         problems.digits_resnet,
         steps=150,
-        target=0.01,
+        targets=(0.01,),
         batch_size=128,
         unit="cross-entropy",
         metric=Metric("accuracy", _accuracy),
@@ -176,7 +183,7 @@ _ALL = (
         "8×8 digits through a variational autoencoder, 64-64-8 and back, tanh",
         problems.digits_vae,
         steps=400,
-        target=26.0,
+        targets=(26.0,),
         batch_size=128,
         unit="negative evidence bound per image",
     ),
@@ -185,7 +192,7 @@ _ALL = (
         "8×8 digits through two convolutions to 4 maps of 2×2 and back, tanh",
         problems.digits_conv_autoencoder,
         steps=200,
-        target=1.0,
+        targets=(1.0,),
         scale=64.0,
         unit="squared error per image",
     ),
@@ -194,7 +201,7 @@ _ALL = (
         "200×7 with column scales from 1 to 0.03, a bias and noise",
         numeric.linear_regression,
         steps=25,
-        target=1e-8,
+        targets=(1e-8,),
         dtype=torch.float64,
         unit="squared error above least squares",
     ),
@@ -203,7 +210,7 @@ _ALL = (
         "16-32-32-32-8 without nonlinearity, column scales from 1 to 0.01",
         numeric.deep_linear,
         steps=100,
-        target=1e-4,
+        targets=(1e-4,),
         dtype=torch.float64,
         unit="squared error above least squares",
     ),
@@ -212,7 +219,7 @@ _ALL = (
         "blurred 16×16 colour images through one circular 5×5 convolution, nearly singular",
         numeric.circular_deconvolution,
         steps=25,
-        target=1e-8,
+        targets=(1e-8,),
         dtype=torch.float64,
         scale=3.0,
         unit="squared error per location above least squares",
@@ -222,7 +229,7 @@ _ALL = (
         "sin πx · sin 2πy on a square through 2-64-64-64-1, tanh",
         numeric.smooth_regression,
         steps=400,
-        target=1e-6,
+        targets=(1e-6,),
         dtype=torch.float64,
         unit="squared error",
     ),
@@ -231,7 +238,7 @@ _ALL = (
         "1000×40 with column scales from 1 to 0.001, overlapping classes",
         numeric.scaled_logistic,
         steps=100,
-        target=1e-8,
+        targets=(1e-8,),
         dtype=torch.float64,
         unit="binary cross-entropy above its least",
         metric=Metric("accuracy", _sign_accuracy),
@@ -241,7 +248,7 @@ _ALL = (
         "two spirals through 2-64-64-1, tanh, binary cross-entropy",
         problems.two_spirals,
         steps=200,
-        target=0.01,
+        targets=(0.01,),
         unit="binary cross-entropy",
         metric=Metric("accuracy", _sign_accuracy),
     ),
@@ -250,7 +257,7 @@ _ALL = (
         "8×8 digits in patches of 2×2 through four transformer layers of width 64, cross-entropy",
         problems.digits_vit,
         steps=200,
-        target=0.01,
+        targets=(0.01,),
         batch_size=128,
         unit="cross-entropy",
         metric=Metric("accuracy", _accuracy),
@@ -261,7 +268,7 @@ _ALL = (
         "8×8 digits freed from noise by a U-Net of 16, 32 and 64 channels, batch normalisation",
         problems.digits_unet,
         steps=200,
-        target=1.0,
+        targets=(1.0,),
         batch_size=128,
         scale=64.0,
         unit="squared error per image",
@@ -272,7 +279,7 @@ _ALL = (
         "Python's help texts, next character after up to 64, three transformer layers of width 128",
         problems.char_gpt,
         steps=400,
-        target=2.4,
+        targets=(2.4,),
         batch_size=32,
         unit="cross-entropy per character",
         metric=Metric("accuracy", _accuracy),
@@ -283,7 +290,7 @@ _ALL = (
         "Python's help texts, next character after up to 64, two LSTM layers of width 128",
         problems.char_lstm,
         steps=400,
-        target=1.6,
+        targets=(1.6,),
         batch_size=32,
         unit="cross-entropy per character",
         metric=Metric("accuracy", _accuracy),

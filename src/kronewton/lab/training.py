@@ -38,11 +38,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Budget:
-    """Where a run ends, by steps or by seconds of training, and how often it is evaluated."""
+    """Where a run ends, by steps or by seconds of training, and how often it is evaluated.
+
+    until: it ends as soon as an evaluation finds a training loss this low.
+    """
 
     steps: int
     seconds: float = math.inf
     every: int = 1
+    until: float = -math.inf
 
 
 @dataclass(frozen=True)
@@ -79,15 +83,16 @@ def start(task: Task, rival: Rival, setting: Setting, seed: int, device: torch.d
 def train(run: Run, budget: Budget, last: Record | None = None) -> Iterator[Record]:
     """Step until the budget is spent or the loss is no number, from `last` if there is one."""
     step, seconds = (0, 0.0) if last is None else (last.step, last.seconds)
-    diverged = last is not None and last.diverged
-    while step < budget.steps and seconds < budget.seconds and not diverged:
+    ended = last is not None and _ended(last, budget)
+    while step < budget.steps and seconds < budget.seconds and not ended:
         x, y = batch_of(run, step)
+        torch.manual_seed(_seed_of(run, step))
         began = _clock(x.device)
         loss = _step(run, x, y)
         seconds += _clock(x.device) - began
         step += 1
         record = _record(run, step, seconds, loss, due=_due(budget, step, seconds))
-        diverged = record.diverged
+        ended = _ended(record, budget)
         yield record
 
 
@@ -113,6 +118,7 @@ def evaluate(run: Run, data: Examples) -> tuple[float, float | None]:
     """The objective on all the examples, and the task's metric if it has one."""
     model, metric = run.problem.model, run.task.metric
     model.eval()
+    torch.manual_seed(run.seed)  # the same noise whenever it is asked
     with torch.no_grad():
         output = model(data.x)
         loss = float(objective(run, output, data.y))
@@ -152,16 +158,25 @@ def batch_of(run: Run, step: int) -> tuple[Tensor, Tensor]:
     if size is None:
         return data.x, data.y
     epoch, position = divmod(step, len(data) // size)
-    generator = torch.Generator().manual_seed(1_000_003 * run.seed + epoch)
+    generator = torch.Generator().manual_seed(_seed_of(run, epoch))
     order = torch.randperm(len(data), generator=generator)  # the last, partial batch is left out
     rows = order[position * size : (position + 1) * size].to(data.x.device)
     return data.x[rows], data.y[rows]
+
+
+def _seed_of(run: Run, place: int) -> int:
+    """What is drawn in a step (a VAE's noise) is a function of these too, in whatever company."""
+    return 1_000_003 * run.seed + place
 
 
 def _clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def _ended(record: Record, budget: Budget) -> bool:
+    return record.diverged or (record.train_loss is not None and record.train_loss <= budget.until)
 
 
 def _due(budget: Budget, step: int, seconds: float) -> bool:

@@ -1,0 +1,104 @@
+"""The lanes of a contest that have ended, a line each in a file, so that it can go on later."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kronewton.errors import DataError, StateError
+from kronewton.lab.contest import Board, Lane, Plan
+from kronewton.lab.files import append_lines, record_of
+from kronewton.lab.training import Record
+
+VERSION = 1
+DAMAGED = (ValueError, TypeError, KeyError, AttributeError)
+
+
+@dataclass(frozen=True)
+class Journal:
+    """What has been run, and where it is kept; nowhere if there is no path."""
+
+    path: Path | None = None
+    tuned: Board = field(default_factory=dict)
+    raced: Board = field(default_factory=dict)
+
+    def keep_tuned(self, lanes: Sequence[Lane]) -> None:
+        """Write down lanes of the tuning that have ended."""
+        self._keep("tuning", lanes, self.tuned)
+
+    def keep_raced(self, lanes: Sequence[Lane]) -> None:
+        """Write down lanes of the race that have ended."""
+        self._keep("race", lanes, self.raced)
+
+    def _keep(self, phase: str, lanes: Sequence[Lane], board: Board) -> None:
+        if self.path is not None:
+            lines = [
+                {"phase": phase, **asdict(lane), "records": _telling(board[lane])} for lane in lanes
+            ]
+            append_lines(self.path, lines)
+
+
+def open_journal(path: Path, plan: Plan) -> Journal:
+    """The journal at a path, begun if there is none, with all that it holds of this plan.
+
+    A last line that a crash has cut short is dropped; its lane runs again.
+    Raises StateError if it is of another contest, DataError if it can't be read.
+    """
+    wanted = _identity(plan)
+    if not path.exists():
+        append_lines(path, [wanted])
+        return Journal(path)
+    try:
+        whole = path.read_text().rpartition("\n")[0]
+        first, *lines = [json.loads(line) for line in whole.splitlines()] or [wanted]
+        journal = Journal(path)
+        for line in lines:
+            board = {"tuning": journal.tuned, "race": journal.raced}[line["phase"]]
+            lane = Lane(line["rival"], line["setting"], line["seed"])
+            board[lane] = [record_of(record) for record in line["records"]]
+    except (OSError, *DAMAGED) as error:
+        raise DataError(
+            f"{path} is damaged or is no journal of kronewton's; delete it, or name another --out."
+        ) from error
+    _check(path, first, wanted)
+    path.write_text(whole + "\n" if whole else json.dumps(wanted) + "\n")
+    return journal
+
+
+def _telling(records: Sequence[Record]) -> list[Record]:
+    """The records that were evaluated, and the one in which a run diverged."""
+    return [r for r in records if r.train_loss is not None or r.diverged]
+
+
+def _identity(plan: Plan) -> dict[str, Any]:
+    """What must be the same for lanes to belong to one contest; seeds may be added."""
+    lengths = {rival.name: asdict(plan.budget_of(rival.name)) for rival in plan.rivals}
+    document = {
+        "version": VERSION,
+        "task": plan.task.described(),
+        "targets": list(plan.targets),
+        "settings": {
+            rival.name: [dict(setting) for setting in plan.settings(rival)] for rival in plan.rivals
+        },
+        "steps": {name: [b["steps"], b["every"]] for name, b in lengths.items()},
+        "first seed": plan.seeds[0],
+        "device": str(plan.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    return dict(json.loads(json.dumps(document)))
+
+
+def _check(path: Path, found: Any, wanted: dict[str, Any]) -> None:
+    for what, value in wanted.items():
+        if not isinstance(found, dict) or found.get(what) != value:
+            other = found.get(what) if isinstance(found, dict) else None
+            raise StateError(
+                f"{path} has {what} {other!r} where this contest has {value!r}; give the same "
+                "options again to go on with it, or name another --out."
+            )
