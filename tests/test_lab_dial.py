@@ -56,7 +56,7 @@ def plan(settings: tuple[int, ...], beside: str | None = None) -> contest.Plan:
     chosen = tuple(entry.rival for entry in entries)
     budgets = {e.rival.name: Budget(e.steps) for e in entries if e.steps}
     return contest.Plan(
-        find_task("digits-autoencoder"), chosen, (0, 1), Budget(20), 2.0, 2, CPU, budgets
+        find_task("digits-autoencoder"), chosen, (0, 1), Budget(20), (2.0,), 2, CPU, budgets
     )
 
 

@@ -22,7 +22,7 @@ from kronewton.lab.contest import (
     steps_to,
 )
 from kronewton.lab.reports import Spread, digits, framed, ranged, spread
-from kronewton.lab.rivals import KFAC, Rival, describe
+from kronewton.lab.rivals import ITERATIONS, KFAC, Rival, describe
 from kronewton.lab.training import Record
 
 CLEARLY = 0.8  # of the best rival's seconds: a lead that another day's load does not turn round
@@ -33,7 +33,7 @@ class Arrival:
     """How soon one optimizer, at its best setting for a target, was there.
 
     train, test and metric: medians at that moment, over the seeds that got there. test_then: the
-    test loss at the moment when K-FAC arrived on the same seed, if it did.
+    test loss when K-FAC arrived on the same seed, where the run had not ended before.
     """
 
     rival: str
@@ -134,9 +134,9 @@ def _ratio(own: float, other: float) -> float:
 
 
 def _test_at(records: Sequence[Record], seconds: float) -> float | None:
-    """The test loss at the last evaluation up to then; None if there is no such moment."""
+    """The test loss at the last evaluation up to then; None if the run did not go on so long."""
     seen = [r.test_loss for r in records if r.test_loss is not None and r.seconds <= seconds]
-    return seen[-1] if seen and math.isfinite(seconds) else None
+    return seen[-1] if seen and records[-1].seconds >= seconds else None
 
 
 def _typical(values: Sequence[float | None]) -> float:
@@ -148,9 +148,10 @@ def task_table(plan: Plan, found: Sequence[Goal]) -> Group:
     """Everyone at every target of one task, the first to arrive on top; K-FAC in bold."""
     table = framed(f"{plan.task.name}: training loss ({plan.task.unit})")
     metric = [plan.task.metric.name] if plan.task.metric else []
-    heads = ("target", "optimizer", "best setting", "steps", "seconds", "test\nloss", *metric)
-    for head in (*heads, "test at\nK-FAC's"):
-        table.add_column(head, justify="left" if head in heads[1:3] else "right")
+    for head in ("target", "optimizer", "best setting"):
+        table.add_column(head, justify="right" if head == "target" else "left")
+    for head in ("steps", "seconds", "test\nloss", *metric, "test\nthen"):
+        table.add_column(head, justify="right", no_wrap=True)
     for goal in found:
         every = sorted((goal.kfac, *goal.rivals), key=lambda a: (a.seconds.median, a.label))
         for place, arrival in enumerate(every):
@@ -158,8 +159,7 @@ def task_table(plan: Plan, found: Sequence[Goal]) -> Group:
             first = "" if place else f"{goal.target:g}"
             table.add_row(first, *_cells(arrival), style=style)
         table.add_section()
-    tried = max(len(plan.settings(rival)) for rival in plan.rivals)
-    return Group(table, Text(_conditions(plan, tried)))
+    return Group(table, Text(_conditions(plan)))
 
 
 def _cells(arrival: Arrival) -> list[str]:
@@ -168,12 +168,15 @@ def _cells(arrival: Arrival) -> list[str]:
     return [*cells, _number(arrival.test), *metric, _number(arrival.test_then)]
 
 
-def _conditions(plan: Plan, tried: int) -> str:
+def _conditions(plan: Plan) -> str:
+    tried = max(len(plan.settings(rival)) for rival in plan.rivals)
+    closures = [rival.label for rival in plan.rivals if rival.closure]
     return (
         f"Median [range] over seeds {', '.join(map(str, plan.seeds))}. K-FAC has nothing set; each "
         f"rival's setting is for each target the best of {tried} on seed {plan.seeds[0]}, by the "
-        "fewest steps. Test: at the moment the target is reached, and when K-FAC is there. Seconds "
+        "fewest steps. Test loss: when the target is reached; then: when K-FAC reaches it. Seconds "
         "are of training alone."
+        + (f" A step of {closures[0]} is {ITERATIONS} iterations." if closures else "")
     )
 
 

@@ -52,7 +52,7 @@ class Bar:
     def step(self, lane: Lane) -> None:
         """A lane has made a step."""
         self._done[lane] += 1
-        note = f"{self._names[lane.rival]}, setting {lane.setting + 1}, seed {lane.seed}"
+        note = f"{self._names[lane.rival]} {lane.setting + 1}, seed {lane.seed}"
         self._progress.update(self._task, advance=1, note=note)
 
     def close(self, lanes: Sequence[Lane]) -> None:
@@ -74,7 +74,7 @@ def _progress(*columns: ProgressColumn, shown: bool = True) -> Progress:
     # On stderr, so that what is piped onwards is the result alone.
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
         *columns,
         TimeElapsedColumn(),

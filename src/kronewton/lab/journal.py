@@ -13,6 +13,7 @@ import torch
 from kronewton.errors import DataError, StateError
 from kronewton.lab.contest import Board, Lane, Plan
 from kronewton.lab.files import append_lines, record_of
+from kronewton.lab.rivals import describe
 from kronewton.lab.training import Record
 
 VERSION = 1
@@ -77,21 +78,18 @@ def _telling(records: Sequence[Record]) -> list[Record]:
 
 def _identity(plan: Plan) -> dict[str, Any]:
     """What must be the same for lanes to belong to one contest; seeds may be added."""
-    lengths = {rival.name: asdict(plan.budget_of(rival.name)) for rival in plan.rivals}
-    document = {
+    return {
         "version": VERSION,
         "task": plan.task.described(),
         "targets": list(plan.targets),
-        "settings": {
-            rival.name: [dict(setting) for setting in plan.settings(rival)] for rival in plan.rivals
-        },
-        "steps": {name: [b["steps"], b["every"]] for name, b in lengths.items()},
+        "rivals": [rival.name for rival in plan.rivals],
+        "settings": [[describe(s) for s in plan.settings(rival)] for rival in plan.rivals],
+        "steps": [plan.budget_of(rival.name).steps for rival in plan.rivals],
         "first seed": plan.seeds[0],
         "device": str(plan.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    return dict(json.loads(json.dumps(document)))
 
 
 def _check(path: Path, found: Any, wanted: dict[str, Any]) -> None:

@@ -99,12 +99,11 @@ def _adamw(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
 def _lbfgs(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
     # Several iterations a step: torch evaluates the loss anew at the start of every step, which
     # would double the cost of a single one.
-    iterations = int(setting["iterations"])
     return torch.optim.LBFGS(
         model.parameters(),
         setting["lr"],
-        max_iter=iterations,
-        max_eval=27 * iterations,  # more than its line searches take
+        max_iter=ITERATIONS,
+        max_eval=27 * ITERATIONS,  # more than its line searches take
         history_size=int(setting["history"]),
         tolerance_grad=0.0,
         tolerance_change=0.0,
@@ -158,6 +157,7 @@ def _muon(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
 
 LETTERS = {"beta1": "β₁", "momentum": "μ"}
 ROOTS_EVERY = 10  # steps from one root of Shampoo's matrices to the next, as often as SOAP's bases
+ITERATIONS = 5  # of L-BFGS in one of its steps
 RMSPROP = 3  # the length of Shampoo's steps is RMSProp's, as in Anil et al. 2020
 EXTRA = ("soap", "shampoo", "muon")
 _SMALL = (3e-3, 1e-2, 1e-3, 3e-2, 3e-4, 1e-1)
@@ -174,7 +174,7 @@ _ALL = (
         "L-BFGS",
         _lbfgs,
         tuple(
-            {"lr": lr, "history": history, "iterations": 5}
+            {"lr": lr, "history": history}
             for lr, history in product((1.0, 0.3, 3.0, 0.1), (30, 100, 10))
         ),
         closure=True,

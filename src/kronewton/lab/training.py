@@ -40,12 +40,14 @@ class Run:
 class Budget:
     """Where a run ends, by steps or by seconds of training, and how often it is evaluated.
 
-    until: it ends as soon as an evaluation finds a training loss this low.
+    every: steps from one evaluation to the next, or where that is more this share of the steps
+    made. until: the run ends as soon as an evaluation finds a training loss this low.
     """
 
     steps: int
     seconds: float = math.inf
     every: int = 1
+    share: float = 0.0
     until: float = -math.inf
 
 
@@ -181,7 +183,7 @@ def _ended(record: Record, budget: Budget) -> bool:
 
 def _due(budget: Budget, step: int, seconds: float) -> bool:
     last = step == budget.steps or seconds >= budget.seconds
-    return last or step == 1 or step % budget.every == 0
+    return last or step == 1 or step % max(budget.every, int(budget.share * step)) == 0
 
 
 def _record(run: Run, step: int, seconds: float, loss: float, due: bool) -> Record:
