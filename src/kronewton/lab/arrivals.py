@@ -250,7 +250,7 @@ def verdict(found: Sequence[Goal]) -> str:
     lost = [goal for goal in found if not goal.won]
     said = f"K-FAC with nothing set wins {len(won)} of {len(found)} on the clock"
     said += f", {len(clearly)} of them by a fifth or more." if won else "."
-    return f"{said} Behind: {'; '.join(map(_behind, lost))}." if lost else said
+    return f"{said} Not ahead: {'; '.join(map(_behind, lost))}." if lost else said
 
 
 def _behind(goal: Goal) -> str:

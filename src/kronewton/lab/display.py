@@ -51,15 +51,17 @@ class Bar:
 
     def step(self, lane: Lane) -> None:
         """A lane has made a step."""
-        self._done[lane] += 1
+        going = self._done[lane] < self._lanes[lane].steps  # a lane may run a second time
+        self._done[lane] += going
         note = f"{self._names[lane.rival]} {lane.setting + 1}, seed {lane.seed}"
-        self._progress.update(self._task, advance=1, note=note)
+        self._progress.update(self._task, advance=int(going), note=note)
 
     def close(self, lanes: Sequence[Lane]) -> None:
         """Lanes have ended, maybe before their time."""
         for lane in lanes:
             if lane in self._lanes:
                 left = self._lanes[lane].steps - self._done[lane]
+                self._done[lane] += left
                 self._progress.update(self._task, advance=left)
 
 
