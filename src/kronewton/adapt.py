@@ -35,6 +35,8 @@ class StepInfo:
 class Rule(ABC):
     """Settings and what happened → the next settings."""
 
+    assumed = 1.0  # the noise, where steps begin without having heard of any
+
     @abstractmethod
     def update(self, settings: Settings, info: StepInfo) -> Settings:
         """After a step whose result is known."""
@@ -143,6 +145,8 @@ class LevenbergMarquardt(Rule):
     def _noise(self, before: float, now: float | None) -> float:
         if now is None or not math.isfinite(now):
             return before
+        if now == 0:  # the very same batch
+            return 0.0
         # Capped: a step that changed almost nothing says little about noise, however large.
         return self.noise_memory * before + (1 - self.noise_memory) * min(now, 2.0)
 
@@ -171,7 +175,7 @@ class Pace:
     bend: float = 0.0  # Δ'CΔ along them, running
     square: float = 0.0  # of the agreement, running
     steps: int = 0
-    shrunk: float = 1.0  # the bounds' factor after steps that were taken back
+    trust: float = 1.0  # in the model along the steps, as far as it kept what it promised
 
 
 @dataclass(frozen=True)
@@ -182,48 +186,69 @@ class Pacing:
     that it is where it began. The ceiling lies between, at a `share` of the minimum: a step that
     only lowers the loss need not lower it the furthest. Slope and bend are averaged apart, for
     their ratio is what noise distorts.
-    Below it, the agreement of successive steps decides (Riedmiller & Braun 1993, of the whole
+    Below it, from the highest down, the agreement of successive steps decides (Riedmiller & Braun 1993, of the whole
     step): where the new gradient still wants the last step, lr grows, where it wants it back, lr
-    falls. Both would, with noise, stop at once what pays only later, and the lower bound, Adam's
-    usual learning rate, is there against that short sight (Wu et al. 2018).
+    falls, to `least` of the ceiling at most. Both would, with noise, stop at once what pays only
+    later, and the lowest of all, Adam's usual learning rate, is there against that short sight
+    (Wu et al. 2018).
+    A model knows nothing of what is beyond it: where less comes than it promised, on the same batch,
+    steps are shorter, and longer again where it is right.
     """
 
     share: float = 1.6
+    least: float = 0.1
     lowest: float = 1e-3
     highest: float = 0.1
-    first: float = 1e-2
-    sensitivity: float = 0.06  # of log lr
+    usual: float = 1e-2
+    sensitivity: float = 0.2  # of log lr
     agreement_memory: float = 0.9
     model_memory: float = 0.5
+    distrust: float = 1 / 64
 
     def modelled(self, pace: Pace, slope: float, bend: float) -> Pace:
         """After the quadratic model was asked along this step: its slope, and Δ'CΔ, for lr 1."""
-        w = self.model_memory
-        slope, bend = w * pace.slope + (1 - w) * slope, w * pace.bend + (1 - w) * bend
         if not (math.isfinite(slope) and math.isfinite(bend)):
             return pace
-        ceiling = self.share * max(-slope, 0.0) / bend if bend > 0 else math.inf
-        return replace(pace, slope=slope, bend=bend, ceiling=ceiling)
+        now = -slope / bend if slope < 0 < bend else math.inf
+        w = self.model_memory
+        slope, bend = w * pace.slope + (1 - w) * slope, w * pace.bend + (1 - w) * bend
+        running = max(-slope, 0.0) / bend if bend > 0 else math.inf
+        return replace(pace, slope=slope, bend=bend, ceiling=self.share * min(now, running))
 
     def agreed(self, pace: Pace, agreement: float | None) -> Pace:
         """One step on. agreement: −⟨gradient, last step⟩ for lr 1; None: there was none."""
         steps = pace.steps + 1
+        pace = replace(pace, steps=steps)
         if math.isnan(pace.lr):
-            return replace(pace, lr=self.first, steps=steps)
+            return replace(pace, lr=self.highest)
         if agreement is None or not math.isfinite(agreement):
-            return replace(pace, steps=steps)
+            return pace
         w = self.agreement_memory
         square = w * pace.square + (1 - w) * agreement**2
         size = math.sqrt(square / (1 - w ** (steps - 1)))
         relative = min(1.0, max(-1.0, agreement / size)) if size > 0 else 0.0
         lr = pace.lr * math.exp(self.sensitivity * relative)
-        low, high = self.lowest * pace.shrunk, self.highest * pace.shrunk
-        return replace(pace, lr=min(max(lr, low), high), square=square, steps=steps)
+        low = self.least * pace.ceiling if math.isfinite(pace.ceiling) else 0.0
+        lr = min(max(lr, low, self.lowest), self.highest)
+        return replace(pace, lr=lr, square=square)
 
     def lr(self, pace: Pace) -> float:
         """Of the step that is made now."""
-        return min(pace.lr, max(pace.ceiling, self.lowest * pace.shrunk))
+        return pace.trust * min(pace.lr, max(pace.ceiling, self.lowest))
+
+    def judged(self, pace: Pace, actual: float, predicted: float) -> Pace:
+        """After a step whose change of the loss on its own batch is known."""
+        kept = actual / predicted if predicted < 0 else math.nan
+        if kept < 0.25:
+            return replace(pace, trust=max(pace.trust / 2, self.distrust))
+        if kept > 0.75:
+            return replace(pace, trust=min(1.0, 1.5 * pace.trust))
+        return pace
 
     def failed(self, pace: Pace) -> Pace:
         """After a step that was taken back."""
-        return replace(pace, lr=pace.lr / 4, shrunk=pace.shrunk / 4)
+        return replace(pace, trust=max(pace.trust / 4, self.distrust))
+
+    def midway(self) -> Pace:
+        """To begin with where Newton's steps have gone before."""
+        return Pace(lr=self.usual)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kronewton.drift import renewed
 from kronewton.errors import NotPositiveDefinite
 from kronewton.factors import (
     Factors,
@@ -18,6 +19,7 @@ from kronewton.factors import (
     best_factors,
     nearer_sharing,
     rotated,
+    thinned,
     with_corrected,
 )
 from kronewton.inverse import (
@@ -35,8 +37,8 @@ from kronewton.pair import (
     Product,
     common_sides,
     exact_pair,
+    of_both,
     oriented,
-    pair_basis,
     pair_inverse,
 )
 from kronewton.structure import DENSE, DIAGONAL, Sides, side_of
@@ -113,13 +115,21 @@ class Curvature:
             return Sides(side_of(d_out, d_in, largest), side_of(d_in, d_out, largest))
         return layer.kind.sides(shape, self.largest_side(layer.name), self.sharing(term))
 
-    def learn(self, observations: Mapping[str, Sequence[Observation]], decay: float) -> None:
+    def learn(
+        self,
+        observations: Mapping[str, Sequence[Observation]],
+        decay: float,
+        rows: int | None = None,
+        turn: int = 0,
+    ) -> None:
         """Add one batch to the running factors of every term that took part in it.
 
-        decay: the weight of what is known so far, against one for the batch.
+        decay: the weight of what is known so far, against one for the batch. rows: how many are
+        enough of a layer, None for all; turn: which ones, see `thinned`.
         """
         for term, found in observations.items():
             seen = self._shared(term, found)
+            seen = seen if rows is None else thinned(seen, rows, turn)
             sides = self.factors[term].sides if term in self.factors else self.sides(term)
             batch = self._build(term, seen, sides)
             if not bool(batch.finite()):
@@ -265,10 +275,8 @@ class Curvature:
             for t in self.terms(name)
             for f in [self.factors[t]]
         ]
-        if len(products) == 2:
-            return pair_basis(products[0], products[1], name)
-        (one,) = products
-        return eigen_basis(one.Q, one.P, name, one.sides)
+        one = of_both(products[0], products[1]) if len(products) == 2 else products[0]
+        return renewed(one, self._eigen(name), name)
 
     def _own_sides(self, term: str) -> Sides:
         """How a term's factors are stored, on the sides of the layer's own matrix."""
@@ -365,7 +373,13 @@ class Curvature:
         terms = self.terms(name)
         if self.basis == ADAM:
             own = [self._own_sides(term) for term in terms]
-            return EigenInverse(**kept, sides=common_sides(own[0], own[-1]))
+            sides = common_sides(own[0], own[-1])
+            # A side may have its own axes for a basis, which take no tensor.
+            own_axes = [kept[key].numel() == 0 for key in ("U_A", "U_B")]
+            on_input, on_output = (
+                DIAGONAL if axes else side for axes, side in zip(own_axes, sides, strict=True)
+            )
+            return EigenInverse(**kept, sides=Sides(on_input, on_output))
         if len(terms) == 1:
             make = FactoredInverse if self.basis == "factored" else EigenInverse
             return make(**kept, sides=self.factors[terms[0]].sides)

@@ -37,7 +37,15 @@ class Moments:
 
     def turn_(self, old: EigenInverse | None, new: EigenInverse) -> None:
         """Carry m into a new basis. v is left: bases change little, and it forgets in 20 steps."""
-        self.m = new.rotate(self.m if old is None else old.rotate_back(self.m))
+        if old is None:
+            self.m = new.rotate(self.m)
+            return
+        if new.U_A is not old.U_A:
+            own = old.sides.input.rotate_rows_back(self.m, old.U_A)
+            self.m = new.sides.input.rotate_rows(own, new.U_A)
+        if new.U_B is not old.U_B:
+            own = old.sides.output.rotate_back(old.U_B, self.m)
+            self.m = new.sides.output.rotate(new.U_B, own)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that must be saved."""

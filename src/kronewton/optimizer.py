@@ -248,7 +248,7 @@ class KFAC(Optimizer):
             )
         planner.look_back(parts)
         seen = by_layer((part.statistics, part.weight) for part in parts)
-        self._curvature.learn(seen, planner.decay())
+        self._curvature.learn(seen, planner.decay(), planner.rows(), self._steps)
         if watcher.capturing:
             self._warn_of_uncalled(watcher, {layer_of(term) for term in seen})
         self._require_own_parameters()
@@ -261,22 +261,22 @@ class KFAC(Optimizer):
         gradient = flattened([_gradient(p) for p in self._parameters])
         planner.factor = self._common_factor()
         names: Collection[str] = ()
-        self._settle(planner)
-        searching = planner.settings is None and not planner.normalising
-        if searching and self._curvature.scale > 0:
-            planner.settings = planner.first_settings(parts, gradient)
+        if planner.settle(self._steps, parts, gradient):
+            self._previous = None  # of steps of the other kind
+        if planner.searching and self._curvature.scale > 0:
+            planner.search(parts, gradient)
             names = self._curvature.known  # the search leaves inverses of its last trial
         factor_every, inverse_every = planner.intervals()
         names = names or due_in_turn(
             planner.age(self._steps), inverse_every, list(self._curvature.layers)
         )
         plan = None
-        if planner.settings is not None or planner.normalising:
+        if not planner.searching:
             damping = 0.0 if planner.settings is None else planner.settings.inverse_damping
             self._curvature.refresh(names, damping)
             plan = planner.plan(self._steps, parts, gradient, self._previous)
             self._warn_of_products(planner, parts)
-        if searching and planner.settings is None and not self._curvature.scale:
+        if planner.searching:
             self._skip(NO_CURVATURE)
         elif plan is None:
             self._skip()
@@ -291,11 +291,6 @@ class KFAC(Optimizer):
         self._curvature.forget_batch()
         self._steps += 1
         watcher.capturing = due(planner.age(self._steps), factor_every)
-
-    def _settle(self, planner: Planner) -> None:
-        """Let the noise choose the basis."""
-        if planner.settle():
-            self._previous = None  # of steps of the other kind
 
     def _required(self, watcher: Watcher) -> list[Part]:
         """The parts of this step, or a sentence that says why there is none."""

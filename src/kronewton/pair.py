@@ -7,14 +7,14 @@ terms between the uses are left out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kronewton.conjugate import Solver, conjugate_gradients
 from kronewton.errors import NotPositiveDefinite
-from kronewton.inverse import EigenInverse, Inverse, balance, eigen_basis
+from kronewton.inverse import Inverse, balance
 from kronewton.linalg import JITTERS, diagonal
 from kronewton.structure import DENSE, DIAGONAL, PLAIN, Blocks, Sides, Structure
 
@@ -111,11 +111,10 @@ def exact_pair(first: Product, second: Product, damping: float, name: str) -> Ex
     return ExactPairInverse(first, second, pair_inverse(first, second, damping, name))
 
 
-def pair_basis(first: Product, second: Product, name: str) -> EigenInverse:
-    """The eigenbasis of the product of both partial traces of P₁ ⊗ Q₁ + P₂ ⊗ Q₂, over its trace.
+def of_both(first: Product, second: Product) -> Product:
+    """Both partial traces of P₁ ⊗ Q₁ + P₂ ⊗ Q₂, over its trace: one product for a basis of both.
 
-    One basis for a sum of two products that share none. Where they are the same product it is that
-    product's own. Raises NotPositiveDefinite, naming the layer.
+    Where the two are the same product it is twice that.
     """
     sides = common_sides(first.sides, second.sides)
     both = [
@@ -127,9 +126,8 @@ def pair_basis(first: Product, second: Product, name: str) -> EigenInverse:
     ]
     P = sum((sides.input.diagonal(Q).sum() * P for P, Q in both), torch.zeros(()))
     Q = sum((sides.output.diagonal(P).sum() * Q for P, Q in both), torch.zeros(()))
-    basis = eigen_basis(Q, P, name, sides)
     trace = sides.input.diagonal(Q).sum().clamp_min(torch.finfo(Q.dtype).tiny)
-    return replace(basis, s=basis.s / trace)
+    return Product(P, Q / trace, sides)
 
 
 def common_sides(first: Sides, second: Sides) -> Sides:

@@ -6,6 +6,7 @@ the rule of `adapt`. Where the model cannot be run again, fixed rules take its p
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -49,19 +50,23 @@ MOMENTUM = 0.5  # where no quadratic model chooses it
 DAMPING = 10.0  # over the curvature's mean eigenvalue, likewise
 DECREASE = 1e-3  # g'(B ⊗ A + λI)⁻¹g of a step over the loss (over 1 if unknown), at most
 RENEWALS = {  # steps between renewals of factors and of inverses, by what is known of the noise
-    "normalised": (10, 20),  # a second moment is only as good as the basis that it is taken in
+    "normalised": (4, 10),  # a second moment is only as good as the basis that it is taken in
     "noise": (10, 40),  # averages have to run over many batches anyway
     "unknown": (5, 20),
     "none": (2, 10),
     "refined": (1, 4),  # no noise, and a step that costs several products deserves fresh factors
 }
+ROWS = 256  # of a layer, that are enough of a batch where factors run over many
 DECAY, QUIET_DECAY = 0.95, 0.5  # of running factors, where averages make up for noise and not
 TRIAL_EVERY, NOISY_TRIAL_EVERY = 5, 20  # steps between trials of γ, which cost inversions
 ADAPT_EVERY = 5  # steps between decisions on λ, which cost a forward pass
 REFINED_DROP = 0.5  # of λ a step, where the model is all but solved in every one
 LISTEN_EVERY = 20  # steps between measurements of the noise while steps are normalised
-FIRST_STEPS, MODEL_EVERY = 5, 5  # normalised steps that each have a quadratic model, then between
+FIRST_STEPS, MODEL_EVERY = 10, 5  # normalised steps that each are modelled and judged, then between
+LATER, LATER_EVERY = 50, 10  # normalised steps from which it is asked more rarely
+STALLED = 0.02  # of the loss: a Newton step that gains less counts its noise for more
 FAR_WORSE = 0.1  # of the loss's unit: what a normalised step may lose before it is taken back
+PROMISING = 0.01  # the ceiling from which the first steps are normalised
 RAISE = 10  # λ after a step that is taken back
 
 
@@ -137,16 +142,53 @@ class Planner:
         """Whether steps are normalised, and not Newton's."""
         return self.curvature.basis == ADAM
 
-    def settle(self) -> bool:
-        """Go over to normalised steps or back, as the noise has it; True if the basis changed."""
-        if not self.options.may_normalise or self.settings is None:
+    @property
+    def searching(self) -> bool:
+        """Whether Newton's steps need dampings that are still to be found."""
+        unknown = self.settings is None or math.isnan(self.settings.damping)
+        return unknown and not self.normalising
+
+    def settle(self, step: int, parts: Sequence[Part], gradient: Tensor) -> bool:
+        """Choose normalised steps or Newton's; True if that is a change.
+
+        First by how far the quadratic model lets a normalised step go, then by the noise.
+        """
+        if not self.options.may_normalise:
             return False
+        if self.settings is None:
+            if not self.curvature.scale or not self.models(parts) or not self._promising(
+                parts, gradient
+            ):
+                return False
+            self.settings = Settings(math.nan, math.nan, noise=self.rule.assumed)
+            return True
         wanted = self.rule.normalises(self.settings, self.normalising)
         if wanted == self.normalising:
             return False
         self.curvature.change_basis(ADAM if wanted else self.options.first_basis)
-        self.pace = Pace()
+        self.pace, self.asked = self.pacing.midway(), step
         return True
+
+    def _promising(self, parts: Sequence[Part], gradient: Tensor) -> bool:
+        """Whether the model lets a first normalised step go far, which changes to their basis.
+
+        Where it does not, some layers' curvature is far above that of others: a common pace is
+        theirs, and Newton's steps, which weigh layers by their curvature, start better.
+        """
+        self.curvature.change_basis(ADAM)
+        self.curvature.refresh((), 0.0)
+        direction = [t.neg() for t in self.steering.normalised(FIRST_DECAY)]
+        self.curvature.moments.clear()  # this gradient comes again
+        try:
+            model = self._quadratic(parts)
+            found = model.subspace(gradient, [model.line(direction)])
+            pace = self.pacing.modelled(Pace(), found.slope[0], found.bend([1.0]))
+        except MissingProducts:
+            pace = Pace(ceiling=0.0)
+        promising = pace.ceiling >= PROMISING
+        if not promising:
+            self.curvature.change_basis(self.options.first_basis)
+        return promising
 
     def direct(self, damping: float) -> list[Tensor]:
         """d = −(B ⊗ A + damping·I)⁻¹ g, times the group's lr where that is a number."""
@@ -177,6 +219,10 @@ class Planner:
         quiet = 0.0 if self.options.refine else QUIET_DECAY
         return quiet if self._known() == "none" else DECAY
 
+    def rows(self) -> int | None:
+        """How many rows of a layer are enough for its factors; None: all that there are."""
+        return ROWS if self.normalising and self.options.fisher == "sampled" else None
+
     def _known(self) -> str:
         """What is known of the noise: a key of RENEWALS."""
         if self.normalising:
@@ -206,20 +252,25 @@ class Planner:
         if self.outcome is not None and self.models(parts):
             after, change = self.outcome
             self.noise = abs(loss_of(parts) - after) / max(abs(change), 1e-30)
-            if self.normalising and self.settings is not None:
+            if not self.normalising:
+                # Where Newton's steps gain little they are not worth their price.
+                self.noise *= max(1.0, STALLED * abs(after) / max(abs(change), 1e-30))
+            # Far from a minimum every step gains much; only the very same batch says something.
+            telling = self.noise == 0 or self.pace.steps >= LISTEN_EVERY
+            if self.normalising and self.settings is not None and telling:
                 self.settings = self.rule.heard(self.settings, self.noise)
         self.outcome = None
 
-    def first_settings(self, parts: Sequence[Part], gradient: Tensor) -> Settings:
-        """The first dampings, tried out where the model can be run again."""
+    def search(self, parts: Sequence[Part], gradient: Tensor) -> None:
+        """Find the first dampings; they are tried out where the model can be run again."""
+        damping = DAMPING * self.curvature.scale
         if self.models(parts):
-            try:
-                return self._tried_settings(parts, gradient)
-            except MissingProducts:
-                pass
-        return Settings(DAMPING * self.curvature.scale, DAMPING * self.curvature.scale)
+            with contextlib.suppress(MissingProducts):
+                damping = self._tried(parts, gradient)
+        noise = 0.0 if self.settings is None else self.settings.noise
+        self.settings = Settings(damping, damping, noise=noise)
 
-    def _tried_settings(self, parts: Sequence[Part], gradient: Tensor) -> Settings:
+    def _tried(self, parts: Sequence[Part], gradient: Tensor) -> float:
         """Of a ladder of dampings, largest first, the last before the loss gets worse again."""
         model = self._quadratic(parts)
         lowest, found = math.inf, FIRST_TRIALS[0] * self.curvature.scale
@@ -237,7 +288,7 @@ class Planner:
             if not loss <= lowest + _rounding(parts) * abs(lowest) or math.isinf(loss):
                 break
             lowest, found = min(loss, lowest), damping  # the smaller one where losses agree
-        return Settings(found, found)
+        return found
 
     def plan(
         self,
@@ -305,7 +356,8 @@ class Planner:
             self.pace = replace(self.pace, steps=self.pace.steps + 1)
             return Plan(direction, 1.0, 0.0)
         found, count = None, self.pace.steps + 1
-        if (count <= FIRST_STEPS or count % MODEL_EVERY == 0) and self.models(parts):
+        every = MODEL_EVERY if count < LATER else LATER_EVERY
+        if (count <= FIRST_STEPS or count % every == 0) and self.models(parts):
             try:
                 model = self._quadratic(parts)
                 found = model.subspace(gradient, [model.line(direction)])
@@ -474,7 +526,9 @@ class Planner:
     def judges(self, step: int, parts: Sequence[Part], plan: Plan) -> bool:
         """Whether the step of this plan will be judged, so that it may have to be taken back."""
         if self.normalising:
-            return self.options.lr == AUTO and self.models(parts) and due(step, LISTEN_EVERY)
+            count = self.pace.steps
+            listening = count <= FIRST_STEPS or count % LISTEN_EVERY == 0
+            return self.options.lr == AUTO and self.models(parts) and listening
         if self.options.damping != AUTO or math.isnan(plan.predicted):
             return False
         # Where curvature is nearly gone promises are small against the loss's unit, or more than
@@ -493,8 +547,11 @@ class Planner:
         if self.normalising:
             # One step on one batch may well be uphill where it is noise; not by so much.
             fine = change <= max(abs(before), FAR_WORSE * _weight_of(parts))
+            if self.pace.steps <= FIRST_STEPS and not math.isnan(plan.predicted):
+                fine = change <= abs(plan.predicted)
             if fine:
                 self.outcome = (after, change)
+                self.pace = self.pacing.judged(self.pace, change, plan.predicted)
             else:
                 self.pace = self.pacing.failed(self.pace)
                 self.undone += 1

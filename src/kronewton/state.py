@@ -47,7 +47,7 @@ SCALARS = (
     "bend",
     "square",
     "paced",
-    "shrunk",
+    "trust",
 )
 
 
@@ -76,7 +76,7 @@ def planner_scalars(planner: Planner) -> dict[str, float | None]:
         "asked": planner.asked,
         "scale": planner.curvature.scale,
         "largest": planner.curvature.largest,
-        "damping": None if settings is None else settings.damping,
+        "damping": None if settings is None else settings.damping,  # NaN: still to be found
         "inverse_damping": None if settings is None else settings.inverse_damping,
         "probe": None if settings is None else settings.probe,
         "noise": None if settings is None else settings.noise,
@@ -92,7 +92,7 @@ def planner_scalars(planner: Planner) -> dict[str, float | None]:
         "bend": planner.pace.bend,
         "square": planner.pace.square,
         "paced": planner.pace.steps,
-        "shrunk": planner.pace.shrunk,
+        "trust": planner.pace.trust,
     }
 
 
@@ -107,15 +107,15 @@ def restore_planner(planner: Planner, numbers: Mapping[str, float | None]) -> No
     planner.curvature.scale, planner.noise = numbers["scale"] or 0.0, numbers["noise_seen"]
     if isinstance(planner.options.damping, str):
         planner.settings = None
-    if isinstance(planner.options.damping, str) and numbers["damping"] is not None:
-        keys = ("damping", "inverse_damping", "probe", "noise")
-        planner.settings = Settings(*[numbers[k] or 0.0 for k in keys])
+    if isinstance(planner.options.damping, str) and numbers["noise"] is not None:
+        found = (numbers[k] for k in ("damping", "inverse_damping", "probe", "noise"))
+        planner.settings = Settings(*[math.nan if v is None else v for v in found])
     after, change = numbers["after"], numbers["change"]
     planner.outcome = None if after is None or change is None else (after, change)
 
 
 def _pace(numbers: Mapping[str, float | None]) -> Pace:
-    lr, ceiling, shrunk = numbers["pace"], numbers["ceiling"], numbers["shrunk"]
+    lr, ceiling, trust = numbers["pace"], numbers["ceiling"], numbers["trust"]
     return Pace(
         math.nan if lr is None else lr,
         math.inf if ceiling is None else ceiling,
@@ -123,7 +123,7 @@ def _pace(numbers: Mapping[str, float | None]) -> Pace:
         numbers["bend"] or 0.0,
         numbers["square"] or 0.0,
         int(numbers["paced"] or 0),
-        1.0 if shrunk is None else shrunk,
+        1.0 if trust is None else trust,
     )
 
 

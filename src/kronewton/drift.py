@@ -1,0 +1,83 @@
+"""Eigenbases that are renewed side by side, where they have drifted, and not where they have not.
+
+A basis of normalised steps only has to tell coordinates apart: what counts is how correlated they
+have become in it, which a few columns show for a small part of an eigendecomposition's cost.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kronewton.inverse import EigenInverse
+from kronewton.pair import Product
+from kronewton.structure import DIAGONAL, Sides, Structure
+
+COLUMNS = 16  # of a basis, from which its drift is measured
+TOLERATED = 0.3  # of squared correlations of a coordinate with all others, together
+INDEPENDENT = 1.0  # likewise between a side's own axes: they are as good a basis as any
+SMALL = 64  # up to this side an eigendecomposition costs no more than asking
+FLOOR = 1e-4  # of the mean eigenvalue: below it correlations mean nothing
+TINY = 1e-30
+
+
+def renewed(product: Product, old: EigenInverse | None, name: str) -> EigenInverse:
+    """An eigenbasis of P ⊗ Q: of each side the old one while it serves, or the side's own axes.
+
+    Raises NotPositiveDefinite, naming the layer, if a factor is not finite.
+    """
+    of_input = of_output = None
+    if old is not None:
+        of_input = (old.sides.input, old.U_A, old.s.sum(-2))
+        of_output = (old.sides.output, old.U_B, old.s.sum(-1))
+    on_input, s_A, U_A = _side(
+        product.Q, product.sides.input, of_input, f"the input factor A of layer '{name}'"
+    )
+    on_output, s_B, U_B = _side(
+        product.P, product.sides.output, of_output, f"the gradient factor B of layer '{name}'"
+    )
+    s = s_B.unsqueeze(-1) * s_A.unsqueeze(-2)
+    return EigenInverse(U_A, U_B, s, Sides(on_input, on_output))
+
+
+def _side(
+    M: Tensor, structure: Structure, old: tuple[Structure, Tensor, Tensor] | None, what: str
+) -> tuple[Structure, Tensor, Tensor]:
+    """How the basis of a side is stored, its eigenvalues and its vectors."""
+    diagonal = structure.diagonal(M)
+    d = diagonal.shape[-1]
+    if d > SMALL and structure != DIAGONAL and bool(torch.isfinite(diagonal).all()):
+        axes = structure.dense(M) if M.dim() == 2 else None
+        if axes is not None and float(_among(axes, diagonal)) < INDEPENDENT:
+            return DIAGONAL, diagonal.clone(), M.new_zeros(0)
+        if old is not None and old[0] == structure:
+            _, U, s = old
+            s = s * (diagonal.sum(-1) / s.sum(-1).clamp_min(TINY)).unsqueeze(-1)
+            if float(drift(structure, M, U, s)) < TOLERATED:
+                return structure, s, U
+    s, U = structure.eigen(M, what)
+    return structure, s, U
+
+
+def drift(structure: Structure, M: Tensor, U: Tensor, s: Tensor) -> Tensor:
+    """How correlated coordinates are in a basis U whose eigenvalues were s (…, d), as a scalar.
+
+    Σ_i≠j (u_i'M u_j)² / (m_i m_j) with m for the eigenvalues, the mean over some columns j: zero
+    in an eigenbasis of M.
+    """
+    d = s.shape[-1]
+    columns = torch.arange(0, d, max(1, d // COLUMNS), device=s.device)
+    unit = torch.eye(d, dtype=s.dtype, device=s.device)[:, columns].expand(*s.shape[:-1], d, -1)
+    seen = structure.rotate(U, structure.left(M, structure.rotate_back(U, unit)))  # (…, d, k)
+    seen = seen * (1 - unit)
+    m = s + FLOOR * s.mean(-1, keepdim=True)
+    squares = seen.square() / (m.unsqueeze(-1) * m[..., columns].unsqueeze(-2)).clamp_min(TINY)
+    return squares.sum(-2).mean()
+
+
+def _among(M: Tensor, diagonal: Tensor) -> Tensor:
+    """The same of a matrix's own axes, all of them."""
+    m = (diagonal + FLOOR * diagonal.mean()).clamp_min(TINY)
+    squares = M.square() / m.unsqueeze(-1) / m
+    return (squares.sum() - squares.diagonal().sum()) / len(m)
+
