@@ -163,7 +163,7 @@ def test_the_journal_of_another_contest_is_refused(tmp_path: Path) -> None:
     open_journal(file, made)
     for other, said in (
         (replace(made, targets=(3.0,)), r"has targets \[2.0, 1.0\] where .* \[3.0\]"),
-        (replace(made, grid=1), "has settings .* give the same options again"),
+        (replace(made, grid=1), "has settings of sgd .* give the same options again"),
         (replace(made, budget=Budget(31)), "has steps"),
         (plan("kfac", "adamw"), r"has rivals \['kfac', 'sgd'\]"),
         (replace(made, task=find_task("deep-linear")), "has task 'linear-regression"),

@@ -155,7 +155,7 @@ def _muon(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
     return optimizer
 
 
-LETTERS = {"beta1": "β₁", "momentum": "μ"}
+LETTERS = {"beta1": "β₁", "momentum": "μ", "history": "m"}
 ROOTS_EVERY = 10  # steps from one root of Shampoo's matrices to the next, as often as SOAP's bases
 ITERATIONS = 5  # of L-BFGS in one of its steps
 RMSPROP = 3  # the length of Shampoo's steps is RMSProp's, as in Anil et al. 2020
