@@ -83,7 +83,7 @@ def start(task: Task, rival: Rival, setting: Setting, seed: int, device: torch.d
 
 
 def train(run: Run, budget: Budget, last: Record | None = None) -> Iterator[Record]:
-    """Step until the budget is spent or the loss is no number, from `last` if there is one."""
+    """Step until the budget is spent or the loss low enough or no number, from `last` if given."""
     step, seconds = (0, 0.0) if last is None else (last.step, last.seconds)
     ended = last is not None and _ended(last, budget)
     while step < budget.steps and seconds < budget.seconds and not ended:
