@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -19,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from kronewton.lab import cli, display, ladder, session, verify
+from kronewton.lab import cli, contest, display, ladder, session, verify
 from kronewton.lab.checkpoint import FILE
 from kronewton.lab.tasks import find_task
 
@@ -49,7 +47,17 @@ def mnist(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "verify", "train", "compare", "explain", "demo", "bench", "bench step-cost"],
+    [
+        "",
+        "verify",
+        "train",
+        "compare",
+        "explain",
+        "demo",
+        "bench",
+        "bench step-cost",
+        "bench time-to-target",
+    ],
 )
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*command.split(), "--help") == 0
@@ -144,11 +152,11 @@ def test_ctrl_c_ends_a_comparison_with_what_was_run(
 ) -> None:
     turns = count()
 
-    @contextmanager
-    def press_later(*_: object) -> Iterator[Callable[[object], None]]:
-        yield lambda lane: signal.raise_signal(signal.SIGINT) if next(turns) == after else None
+    def press_later(bar: display.Bar, lane: contest.Lane) -> None:
+        if next(turns) == after:
+            signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(display, "lane_bar", press_later)
+    monkeypatch.setattr(display.Bar, "step", press_later)
     options = ["--rivals", "adamw,sgd", "--seeds", 2, "--steps", 10, "--grid-budget", 2]
     assert run("compare", "two-spirals", *options) == 130
     assert said in capsys.readouterr().out

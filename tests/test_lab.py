@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import kronewton as kn
 from kronewton.errors import DataError, OptionError, StateError
@@ -52,8 +53,9 @@ def test_task_is_fixed_by_its_name_and_seed(name: str) -> None:
     for data, others in ((first.train, other.train), (first.test, other.test)):
         assert torch.equal(data.x, others.x)  # the data does not depend on the seed
         assert torch.equal(data.y, others.y)
-    assert torch.equal(first.model(few.x), same.model(few.x))
-    assert not torch.equal(first.model(few.x), other.model(few.x))
+    drawn = [nn.utils.parameters_to_vector(p.model.parameters()) for p in (first, same, other)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
     assert first.criterion(first.model(few.x), few.y).isfinite()
 
 
@@ -160,6 +162,32 @@ def test_convolution_models_are_small_and_listed_whole(name: str) -> None:
     assert isinstance(run.optimizer, kn.KFAC)
     kernels = sum(row.numel for row in run.optimizer.coverage().rows)
     assert kernels == sum(p.numel() for p in run.problem.model.parameters()) < 20_000
+
+
+def test_floor_of_the_logistic_regression_is_its_optimum() -> None:
+    problem = find_task("scaled-logistic").build(0, CPU)
+    x, y = problem.train.x, problem.train.y
+    newton = torch.zeros(41, dtype=torch.float64, requires_grad=True)
+
+    def loss(w: torch.Tensor) -> torch.Tensor:
+        logits = (x / x.std(0)) @ w[:40] + w[40]
+        return nn.functional.binary_cross_entropy_with_logits(logits, y[:, 0])
+
+    for _ in range(12):
+        (slope,) = torch.autograd.grad(loss(newton), newton)
+        hessian = torch.autograd.functional.hessian(loss, newton.detach())
+        newton = (newton - torch.linalg.solve(hessian, slope)).detach().requires_grad_()
+    assert problem.floor == pytest.approx(loss(newton).item(), rel=1e-12)
+    assert 0.1 < problem.floor < 0.6  # the classes overlap
+    assert x.std(0).max() > 500 * x.std(0).min()
+
+
+def test_residual_network_has_its_stages() -> None:
+    model = find_task("digits-resnet").build(0, CPU).model
+    kernels = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert len(kernels) == 1 + 18 + 2  # and two projections
+    assert [k.stride for k in kernels if k.kernel_size == (1, 1)] == [(2, 2)] * 2
+    assert model(torch.rand(3, 1, 8, 8)).shape == (3, 10)
 
 
 def test_errors_are_per_image_and_per_location() -> None:
@@ -303,6 +331,16 @@ def test_grids_have_one_size_and_no_repeats() -> None:
             assert len({tuple(setting.items()) for setting in rival.grid}) == 12
 
 
+def test_muon_takes_the_hidden_matrices_and_adamw_the_rest() -> None:
+    run = begin("char-gpt", "muon")
+    names = {id(p): name for name, p in run.problem.model.named_parameters()}
+    hidden, rest = ([names[id(p)] for p in g["params"]] for g in run.optimizer.param_groups)
+    assert all(name.startswith("blocks") and name.endswith("weight") for name in hidden)
+    assert len(hidden) == 3 * 4
+    assert {"head.weight", "tokens.weight", "positions.weight", "norm.weight"} <= set(rest)
+    assert run.optimizer.param_groups[1]["lr"] == run.setting["lr"] / 10
+
+
 @pytest.mark.parametrize("name", RIVALS)
 def test_rival_trains_digits(name: str) -> None:
     run = begin(rival=name)
@@ -346,6 +384,37 @@ def test_evaluation_leaves_training_alone(rival: str) -> None:
     list(train(often, Budget(12, every=1)))
     list(train(never, Budget(12, every=99)))
     assert torch.equal(weights(often), weights(never))
+
+
+def test_what_a_model_draws_depends_on_its_seed_and_step_alone() -> None:
+    alone, beside = begin("digits-vae"), begin("digits-vae")
+    losses = [record.loss for record in train(alone, Budget(6))]
+    pair = {"it": train(beside, Budget(6)), "other": train(begin("digits-vae", seed=1), Budget(6))}
+    found = {"it": [], "other": []}  # type: ignore[var-annotated]
+    for key, record in interleave(pair, {"it": 1, "other": 2}):
+        torch.rand(3)
+        found[key].append(record.loss)
+    assert found["it"] == losses != found["other"]
+    assert len(set(losses)) == 6
+
+
+def test_both_terms_of_the_vae_are_shown_to_kfac() -> None:
+    run = begin("digits-vae", "kfac")
+    problem = run.problem
+    x = problem.train.x[:128]
+    (logits, law), divergence = problem.model(x), problem.terms[1]
+    mean, deviation = law[:, :8], (0.5 * law[:, 8:]).exp()
+    told = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, deviation), torch.distributions.Normal(0.0, 1.0)
+    )
+    assert divergence(law).item() == pytest.approx(told.sum(1).mean().item(), rel=1e-5)
+    bernoulli = torch.distributions.Bernoulli(logits=logits, validate_args=False)
+    whole = told.sum(1).mean() - bernoulli.log_prob(x).sum(1).mean()
+    assert problem.criterion((logits, law), x).item() == pytest.approx(whole.item(), rel=1e-5)
+    assert isinstance(run.optimizer, kn.KFAC)
+    records = list(train(run, Budget(12, every=99)))
+    assert records[-1].train_loss < 0.9 * records[0].train_loss  # type: ignore[operator]
+    assert all(row.curved for row in run.optimizer.coverage().rows)
 
 
 def test_seconds_end_a_run_and_evaluation_is_not_on_the_clock() -> None:

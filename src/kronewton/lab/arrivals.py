@@ -148,8 +148,8 @@ def task_table(plan: Plan, found: Sequence[Goal]) -> Group:
     """Everyone at every target of one task, the first to arrive on top; K-FAC in bold."""
     table = framed(f"{plan.task.name}: training loss ({plan.task.unit})")
     metric = [plan.task.metric.name] if plan.task.metric else []
-    for head in ("target", "optimizer", "best setting"):
-        table.add_column(head, justify="right" if head == "target" else "left")
+    table.add_column("target", justify="right")
+    table.add_column("optimizer")
     for head in ("steps", "seconds", "test\nloss", *metric, "test\nthen"):
         table.add_column(head, justify="right", no_wrap=True)
     for goal in found:
@@ -164,8 +164,12 @@ def task_table(plan: Plan, found: Sequence[Goal]) -> Group:
 
 def _cells(arrival: Arrival) -> list[str]:
     metric = [] if arrival.metric is None else [_percent(arrival.metric)]
-    cells = [arrival.label, arrival.setting, _steps(arrival), _time(arrival)]
+    cells = [_named(arrival), _steps(arrival), _time(arrival)]
     return [*cells, _number(arrival.test), *metric, _number(arrival.test_then)]
+
+
+def _named(arrival: Arrival) -> str:
+    return arrival.label if arrival.rival == KFAC else f"{arrival.label}, {arrival.setting}"
 
 
 def _conditions(plan: Plan) -> str:
@@ -201,7 +205,7 @@ def _summary_cells(goal: Goal) -> list[str]:
         goal.task,
         f"{goal.target:g}",
         own,
-        f"{best.label}, {best.setting}",
+        _named(best),
         digits_or_never(best.seconds.median),
         ratio_said(goal.ratio),
         f"{steps} : {_whole(best.steps.median)}",

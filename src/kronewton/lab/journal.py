@@ -13,7 +13,6 @@ import torch
 from kronewton.errors import DataError, StateError
 from kronewton.lab.contest import Board, Lane, Plan
 from kronewton.lab.files import append_lines, record_of
-from kronewton.lab.rivals import describe
 from kronewton.lab.training import Record
 
 VERSION = 1
@@ -83,7 +82,7 @@ def _identity(plan: Plan) -> dict[str, Any]:
         "task": plan.task.described(),
         "targets": list(plan.targets),
         "rivals": [rival.name for rival in plan.rivals],
-        "settings": [[describe(s) for s in plan.settings(rival)] for rival in plan.rivals],
+        **{f"settings of {r.name}": [dict(s) for s in plan.settings(r)] for r in plan.rivals},
         "steps": [plan.budget_of(rival.name).steps for rival in plan.rivals],
         "first seed": plan.seeds[0],
         "device": str(plan.device),

@@ -184,7 +184,7 @@ def _seconds_to_see(found: Sequence[Goal], raced: Board) -> float:
     if not known:
         return max(records[-1].seconds for records in raced.values())
     kfac = [goal.kfac.seconds.high for goal in found if math.isfinite(goal.kfac.seconds.high)]
-    return 1.05 * min(known[-1], max(10 * known[0], *(2.5 * end for end in kfac), 0.0))
+    return 1.05 * min(known[-1], max(20 * known[0], *(2.5 * end for end in kfac), 0.0))
 
 
 def ratio_plot(found: Sequence[Goal], path: Path) -> None:

@@ -134,10 +134,13 @@ def _shampoo(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
 
 
 def _hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """All matrices but embeddings and the last one, the output's, as Muon's author has it."""
+    """All layers' matrices but embeddings' and the last one, the output's, as Muon's author has it.
+
+    Tokens and positions that are parameters of their own are embeddings too: they are no weights.
+    """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    matrices = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in tables]
-    return matrices[:-1]
+    weights = [p for name, p in model.named_parameters() if "weight" in name and p.ndim >= 2]
+    return [p for p in weights if id(p) not in tables][:-1]
 
 
 def _muon(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
@@ -155,7 +158,7 @@ def _muon(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
     return optimizer
 
 
-LETTERS = {"beta1": "β₁", "momentum": "μ"}
+LETTERS = {"beta1": "β₁", "momentum": "μ", "history": "m"}
 ROOTS_EVERY = 10  # steps from one root of Shampoo's matrices to the next, as often as SOAP's bases
 ITERATIONS = 5  # of L-BFGS in one of its steps
 RMSPROP = 3  # the length of Shampoo's steps is RMSProp's, as in Anil et al. 2020

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from kronewton.lab.training import Budget
 # Of the steps made, from one evaluation to the next. A share, so that what an arrival is late by
 # being seen only then is the same part of everyone's time, many cheap steps or few dear ones.
 SHARE = 1 / 16
+EVALUATIONS = 400  # at most, over a run's whole length: they take time that is not on the clock
 MNIST_EXAMPLES, MNIST_BATCH = 8000, 1000
 
 
@@ -121,19 +122,15 @@ def plan_of(suite: Suite, order: Order, task: Task) -> Plan:
     """
     entries = _entries(suite, order, task)
     steps = order.steps or task.steps
-    budget = Budget(steps, share=SHARE, until=task.target)
     return Plan(
         task=task,
         rivals=tuple(entry.rival for entry in entries),
         seeds=order.seeds,
-        budget=budget,
+        budget=_budget(task, steps),
         targets=task.targets,
         grid=order.grid or suite.grid,
         device=order.device,
-        budgets={
-            e.rival.name: replace(budget, steps=e.steps or steps * e.rival.patience)
-            for e in entries
-        },
+        budgets={e.rival.name: _budget(task, e.steps or steps * e.rival.patience) for e in entries},
     )
 
 
@@ -144,6 +141,10 @@ def _entries(suite: Suite, order: Order, task: Task) -> tuple[Entry, ...]:
         return (*(() if KFAC in {e.rival.name for e in named} else read_entries(KFAC)), *named)
     names = (*suite.rivals, *(suite.full_batch if task.batch_size is None else ()))
     return read_entries(",".join([KFAC, *(name for name in names if name in available())]))
+
+
+def _budget(task: Task, steps: int) -> Budget:
+    return Budget(steps, every=max(1, steps // EVALUATIONS), share=SHARE, until=task.target)
 
 
 def compete_(plan: Plan, journal: Journal, pressed: Callable[[], bool], title: str = "") -> Plan:

@@ -83,12 +83,12 @@ def start(task: Task, rival: Rival, setting: Setting, seed: int, device: torch.d
 
 
 def train(run: Run, budget: Budget, last: Record | None = None) -> Iterator[Record]:
-    """Step until the budget is spent or the loss is no number, from `last` if there is one."""
+    """Step until the budget is spent or the loss low enough or no number, from `last` if given."""
     step, seconds = (0, 0.0) if last is None else (last.step, last.seconds)
     ended = last is not None and _ended(last, budget)
     while step < budget.steps and seconds < budget.seconds and not ended:
         x, y = batch_of(run, step)
-        torch.manual_seed(_seed_of(run, step))
+        _draw_by(_seed_of(run, step), x.device)
         began = _clock(x.device)
         loss = _step(run, x, y)
         seconds += _clock(x.device) - began
@@ -120,7 +120,7 @@ def evaluate(run: Run, data: Examples) -> tuple[float, float | None]:
     """The objective on all the examples, and the task's metric if it has one."""
     model, metric = run.problem.model, run.task.metric
     model.eval()
-    torch.manual_seed(run.seed)  # the same noise whenever it is asked
+    _draw_by(run.seed, data.x.device)  # the same noise whenever it is asked
     with torch.no_grad():
         output = model(data.x)
         loss = float(objective(run, output, data.y))
@@ -169,6 +169,13 @@ def batch_of(run: Run, step: int) -> tuple[Tensor, Tensor]:
 def _seed_of(run: Run, place: int) -> int:
     """What is drawn in a step (a VAE's noise) is a function of these too, in whatever company."""
     return 1_000_003 * run.seed + place
+
+
+def _draw_by(seed: int, device: torch.device) -> None:
+    # Not torch.manual_seed, which takes two milliseconds to reach devices that are not there.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _clock(device: torch.device) -> float:
