@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import pickle
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -21,7 +20,6 @@ from kronewton.errors import (
     KronewtonError,
     KronewtonWarning,
     ModelError,
-    UnsupportedError,
 )
 from kronewton.layers import DenseRows
 from kronewton.layers.base import rows_of
@@ -965,10 +963,3 @@ def test_rows_that_do_not_give_the_gradient_are_named_and_not_used():
     rows = {row.parameter: row for row in optimizer.coverage().rows}
     assert rows["uncalled.weight"].method == rows["uncalled.bias"].method == "diagonal"
     assert "cannot be watched" in rows["uncalled.weight"].why
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
-def test_a_copy_is_refused_and_told_how_to_be_made(copied):
-    optimizer = KFAC(net(3, 4), nn.MSELoss())
-    with pytest.raises(UnsupportedError, match="make a new KFAC for it"):
-        copied(optimizer)

@@ -130,6 +130,11 @@ class Watcher:
         """Forget what was committed: its gradients are thrown away."""
         self.parts, self._arrivals, self._received = [], [], {}
 
+    @property
+    def pending(self) -> bool:
+        """Whether a batch has been seen since the last step."""
+        return bool(self.parts or self._arrivals or self.foreign)
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Nothing is watched inside: for replays and for our own calls of the criterion."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from kronewton.errors import (
     KronewtonWarning,
     ModelError,
     StateError,
-    UnsupportedError,
 )
 from kronewton.fisher import Fisher
 from kronewton.layers import ENTRIES, Found, Layer, find_layers
@@ -33,6 +33,7 @@ from kronewton.options import (
     check_criterion,
     check_parameters,
     check_patterns,
+    plain,
 )
 from kronewton.part import Part
 from kronewton.planner import Plan, Planner, Steering
@@ -42,6 +43,7 @@ from kronewton.state import (
     PREFIX,
     planner_scalars,
     read_scalars,
+    require_mapping,
     require_same_groups,
     require_same_layer,
     require_same_shapes,
@@ -96,6 +98,7 @@ class KFAC(Optimizer):
     draws: backward passes for "sampled". seed: of the draws' own random generator.
     fallback_lr: of the AdamW that trains parameters of uncovered kinds, see `coverage()`.
     strict: refuse a model that needs the fallback.
+    maximize: steps uphill; loss and gradient change their sign, the curvature keeps it.
 
     Raises OptionError, ModelError, CriterionError, UnsupportedError; see kronewton.errors.
     """
@@ -106,7 +109,7 @@ class KFAC(Optimizer):
         criterion: nn.Module | Sequence[nn.Module] | None = None,
         *,
         model: nn.Module | None = None,
-        lr: float | str = AUTO,
+        lr: float | Tensor | str = AUTO,
         momentum: float | str = AUTO,
         damping: float | str = AUTO,
         weight_decay: float = 0.0,
@@ -126,11 +129,13 @@ class KFAC(Optimizer):
         fallback_lr: float = 1e-3,
         strict: bool = False,
         seed: int = 0,
+        maximize: bool = False,
     ) -> None:
         self.options = Options(
-            lr, momentum, damping, weight_decay, trust_region, fisher, sharing, basis, refine,
-            refine_tolerance, curvature_batches, factor_every, inverse_every, adapt_every,
+            plain(lr), momentum, damping, weight_decay, trust_region, fisher, sharing, basis,
+            refine, refine_tolerance, curvature_batches, factor_every, inverse_every, adapt_every,
             factor_decay, largest_side, draws, fallback_lr, strict, seed,
+            maximize,
         )  # fmt: skip
         criteria = check_criteria(criterion, fisher)
         if isinstance(params, nn.Module):
@@ -143,6 +148,8 @@ class KFAC(Optimizer):
         first_lr = 1.0 if isinstance(lr, str) else lr
         groups = check_parameters(params, model)
         super().__init__(groups, {"lr": first_lr, "weight_decay": weight_decay})
+        for group in self.param_groups:  # torch warns of what stands in a group twice
+            group["params"] = list({id(p): p for p in group["params"]}.values())
         self._watch(model, criteria)
         without = [row for row in self.coverage().rows if not row.curved] if strict else []
         if without:
@@ -214,7 +221,8 @@ class KFAC(Optimizer):
             return None
         decay = {id(p): g["weight_decay"] for g in self.param_groups for p in g["params"]}
         groups = [{"params": [p], "weight_decay": decay[id(p)]} for p in parameters]
-        return torch.optim.AdamW(groups, lr=self.options.fallback_lr)
+        options = self.options
+        return torch.optim.AdamW(groups, lr=options.fallback_lr, maximize=options.maximize)
 
     # The step.
 
@@ -230,12 +238,22 @@ class KFAC(Optimizer):
                 self._required(self._watcher)
             return loss
         self._just_skipped = False
-        if self._watcher is not None and any(p.grad is not None for p in self._parameters):
+        if self._watcher is not None and self._moves(self._watcher):
             assert self._planner is not None
             self._step_covered(self._watcher, self._planner)
         if self._fallback is not None:
             self._step_fallback(self._fallback)
         return loss
+
+    def _moves(self, watcher: Watcher) -> bool:
+        """Whether there is a step to make: zeros without a batch are nobody's gradient.
+
+        zero_grad(set_to_none=False) leaves them, and torch.distributed.checkpoint sets them.
+        """
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        if watcher.pending or (not watcher.criteria and not watcher.capturing):
+            return bool(grads)
+        return any(bool(g.any()) for g in grads)
 
     def _step_covered(self, watcher: Watcher, planner: Planner) -> None:
         parts = self._required(watcher)
@@ -258,7 +276,7 @@ class KFAC(Optimizer):
             self._previous = [
                 t.to(p) for t, p in zip(self._previous, self._parameters, strict=True)
             ]
-        gradient = flattened([_gradient(p) for p in self._parameters])
+        gradient = flattened(self._gradients())
         planner.factor = self._common_factor()
         names: Collection[str] = ()
         self._settle(planner)
@@ -310,7 +328,7 @@ class KFAC(Optimizer):
                 "under torch.no_grad()."
             )
         if parts or (not criteria and not capturing):
-            return parts
+            return [p.maximised() for p in parts] if self.options.maximize else parts
         if not criteria:
             raise CriterionError(
                 "step() found gradients, but no watched layer was run forward and backward since "
@@ -403,7 +421,9 @@ class KFAC(Optimizer):
                 )
 
     def _gradients(self) -> list[Tensor]:
-        return [_gradient(p) for p in self._parameters]
+        """Of what is minimised, one tensor per stepped parameter."""
+        found = [_gradient(p) for p in self._parameters]
+        return [g.neg() for g in found] if self.options.maximize else found
 
     def _precondition(self, vector: Vector, damping: float) -> list[Tensor]:
         """(B ⊗ A + damping·I)⁻¹ v for one tensor per stepped parameter."""
@@ -444,7 +464,7 @@ class KFAC(Optimizer):
         """A direction times the groups' lr, where that is a number."""
         if self.options.lr == AUTO:
             return list(direction)
-        lr = {id(p): g["lr"] for g in self.param_groups for p in g["params"]}
+        lr = {id(p): float(g["lr"]) for g in self.param_groups for p in g["params"]}
         pairs = zip(self._parameters, direction, strict=True)
         return [d if lr[id(p)] == 1 else d * lr[id(p)] for p, d in pairs]
 
@@ -465,7 +485,7 @@ class KFAC(Optimizer):
         assert self._previous is not None
         automatic = self.options.lr == AUTO
         for group in self.param_groups:
-            factor = group["lr"] if automatic else 1.0
+            factor = float(group["lr"]) if automatic else 1.0
             at = [self._place[id(p)] for p in group["params"] if id(p) in self._place]
             moving = [i for i in at if self._parameters[i].grad is not None]
             if moving:
@@ -502,7 +522,7 @@ class KFAC(Optimizer):
         for group in self.param_groups:
             if group["weight_decay"]:
                 unit = DECAY_UNIT if self.options.lr == AUTO else 1.0
-                factor = 1 - group["lr"] * unit * group["weight_decay"]
+                factor = 1 - float(group["lr"]) * unit * group["weight_decay"]
                 for p in group["params"]:
                     if id(p) in self._place and p.grad is not None:
                         p.mul_(factor)
@@ -518,9 +538,13 @@ class KFAC(Optimizer):
 
     def _step_fallback(self, fallback: torch.optim.AdamW) -> None:
         first = 1.0 if isinstance(self.options.lr, str) else self.options.lr or 1.0
-        factor = {id(p): g["lr"] / first for g in self.param_groups for p in g["params"]}
+        own = {id(p): g for g in self.param_groups for p in g["params"]}
         for group in fallback.param_groups:
-            group["lr"] = self.options.fallback_lr * factor[id(group["params"][0])]
+            (p,) = group["params"]
+            group["lr"] = self.options.fallback_lr * float(own[id(p)]["lr"]) / first
+            group["weight_decay"] = own[id(p)]["weight_decay"]
+            if p.grad is not None and p.grad.is_sparse:  # AdamW takes none
+                p.grad = p.grad.to_dense()
         grads = [p.grad for g in fallback.param_groups for p in g["params"] if p.grad is not None]
         if grads and bool(torch.isfinite(torch.stack([g.sum() for g in grads]).sum())):
             fallback.step()
@@ -535,9 +559,11 @@ class KFAC(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; once the optimizer is made they are trained by the fallback."""
-        super().add_param_group(param_group)
         if not hasattr(self, "_all"):
-            return  # torch's own constructor
+            super().add_param_group(param_group)  # from torch's own constructor
+            return
+        check_parameters([param_group], None)
+        super().add_param_group(param_group)
         new = [p for p in self.param_groups[-1]["params"] if p.requires_grad]
         self._all += new
         self._known |= {id(p) for p in new}
@@ -631,11 +657,11 @@ class KFAC(Optimizer):
         """Everything that the next steps depend on: tensors and numbers only."""
         if self._fallback is not None:
             self.state = self._fallback.state
-        packed = super().state_dict()
-        for index, entries in self._packed().items():
-            mine = {PREFIX + key: tensor.clone() for key, tensor in entries.items()}
-            packed["state"][index] = {**packed["state"].get(index, {}), **mine}
-        return packed
+        handle = self.register_state_dict_post_hook(_add_packed, prepend=True)
+        try:
+            return super().state_dict()  # type: ignore[no-any-return]
+        finally:
+            handle.remove()
 
     def _packed(self) -> dict[int, dict[str, Tensor]]:
         place = self._index
@@ -672,7 +698,29 @@ class KFAC(Optimizer):
 
         Factors keep the precision that they were saved with, whatever the parameters' is.
         """
-        theirs, ours = split(state_dict)
+        require_mapping(state_dict)
+        given: list[Any] = []
+
+        def check(_: Any, found: dict[str, Any]) -> dict[str, Any]:
+            given[:] = split(found)
+            self._require_own_state(*given)
+            return given[0]  # type: ignore[no-any-return]
+
+        # Behind the user's own hooks, which may give another dictionary, and in front of them.
+        before = self.register_load_state_dict_pre_hook(check)
+        after = self.register_load_state_dict_post_hook(
+            lambda _: self._restore(given[1]), prepend=True
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _require_own_state(
+        self, theirs: Mapping[str, Any], ours: Mapping[int, Mapping[str, Tensor]]
+    ) -> None:
+        """Raise StateError, before anything is changed, unless it is a state of this model."""
         numbers = read_scalars(ours.get(0, {}).get("scalars"))
         saved = BASES[int(numbers["basis"] or 0)]
         own_basis = self.options.basis
@@ -691,10 +739,13 @@ class KFAC(Optimizer):
             saved_here = ours.get(self._index[id(_first(layer))], {})
             largest = self.options.largest_side_of(layer.name)
             require_same_layer(layer, _of_layer(layer, saved_here), largest)
+
+    def _restore(self, ours: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Take over what is not torch's, as it was saved."""
+        numbers = read_scalars(ours[0]["scalars"])
         self._curvature.factors = {}
-        self._curvature.change_basis(saved)
+        self._curvature.change_basis(BASES[int(numbers["basis"] or 0)])
         self._curvature.chosen = {}
-        super().load_state_dict(theirs)
         if self._fallback is not None:
             self._fallback.state = self.state
         place = self._index
@@ -721,10 +772,26 @@ class KFAC(Optimizer):
             restore_planner(self._planner, numbers)
 
     def __getstate__(self) -> dict[str, Any]:
-        raise UnsupportedError(
-            "KFAC cannot be copied or pickled: it is tied to its model by hooks. Copy the model, "
-            "make a new KFAC for it, and give that one the old one's state_dict()."
+        """For pickle and deepcopy: the copy has a model of its own and watches that one."""
+        watcher, planner = self._watcher, self._planner
+        return {
+            "groups": self.param_groups,
+            "criteria": () if watcher is None else watcher.criteria,
+            "model": None if planner is None else planner.replayer.model,
+            "options": {f.name: getattr(self.options, f.name) for f in fields(self.options)},
+            "state": self.state_dict(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the optimizer anew. torch's load_state_dict, too, hands over what it read here."""
+        if "options" not in state:
+            super().__setstate__(state)
+            return
+        options = state["options"]
+        self.__init__(  # type: ignore[misc]
+            state["groups"], state["criteria"] or None, model=state["model"], **options
         )
+        self.load_state_dict(state["state"])
 
     def close(self) -> None:
         """Remove every hook. The optimizer cannot be used afterwards."""
@@ -735,6 +802,13 @@ class KFAC(Optimizer):
         if sentence not in self._said:
             self._said.add(sentence)
             warnings.warn(sentence, KronewtonWarning, stacklevel=4)
+
+
+def _add_packed(optimizer: Any, packed: dict[str, Any]) -> None:
+    """Add ours to torch's part of a state_dict, before a user's hooks see it."""
+    for index, entries in optimizer._packed().items():
+        mine = {PREFIX + key: tensor.clone() for key, tensor in entries.items()}
+        packed["state"][index] = {**packed["state"].get(index, {}), **mine}
 
 
 def _gradient(parameter: Tensor) -> Tensor:

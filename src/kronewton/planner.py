@@ -557,7 +557,8 @@ class Planner:
                 try:
                     output = self._output(part, tensors)
                     with self.unwatched():
-                        total += float(part.weight * part.criterion(output, *part.targets))
+                        loss = part.criterion(output, *part.targets)
+                    total += part.sign * float(part.weight * loss)
                 except torch.OutOfMemoryError:
                     raise
                 except (ValueError, RuntimeError, ArithmeticError, AssertionError):

@@ -7,7 +7,7 @@ the first one, as one float64 vector and one byte tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -127,13 +127,18 @@ def _pace(numbers: Mapping[str, float | None]) -> Pace:
     )
 
 
-def split(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]]]:
-    """torch's part of a state_dict, and ours by the parameter's number."""
-    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+def require_mapping(state_dict: Any, keys: Iterable[str] = ()) -> None:
+    """Raise StateError unless it is a dictionary with these keys."""
+    if not isinstance(state_dict, Mapping) or not set(keys) <= set(state_dict):
         raise StateError(
             "load_state_dict was given something that is not a state_dict: a dictionary with "
             "'state' and 'param_groups' is needed, as optimizer.state_dict() returns it."
         )
+
+
+def split(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]]]:
+    """torch's part of a state_dict, and ours by the parameter's number."""
+    require_mapping(state_dict, ("state", "param_groups"))
     state = state_dict["state"]
     if not isinstance(state, Mapping) or not all(isinstance(e, Mapping) for e in state.values()):
         raise StateError(
