@@ -21,6 +21,7 @@ try:
     import typer
 
     from kronewton.lab import (
+        behaviours,
         bench,
         contest,
         dial,
@@ -264,6 +265,18 @@ def step_cost_command(
     if out is not None:
         plots.cost_plot(costs, out / "step-cost.png")
         _write(out / "step-cost.json", costs)
+
+
+@bench_app.command("behaviours")
+def behaviours_command(json: Json = None) -> None:
+    """Try what a training loop asks of an optimizer: K-FAC beside AdamW, SGD and SOAP."""
+    _check_files(None, json)
+    answers = behaviours.behaviours()
+    display.output().print(behaviours.behaviour_table(answers))
+    for answer in answers:
+        if answer.why:
+            print(f"{answer.optimizer}, {answer.behaviour}: {answer.why}")
+    _write(json, answers)
 
 
 @app.command("demo")
