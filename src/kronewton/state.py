@@ -147,14 +147,37 @@ def split(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, dict
         )
     theirs: dict[Any, dict[str, Any]] = {}
     ours: dict[int, dict[str, Tensor]] = {}
-    for index, entries in state_dict["state"].items():
+    groups, place = _numbered(state_dict["param_groups"])
+    for key, entries in state_dict["state"].items():
+        index = place.get(str(key), key)
         mine = {k.removeprefix(PREFIX): v for k, v in entries.items() if k.startswith(PREFIX)}
         rest = {k: v for k, v in entries.items() if not k.startswith(PREFIX)}
         if mine:
             ours[index] = mine
         if rest:
             theirs[index] = rest
-    return {**state_dict, "state": theirs}, ours
+    return {**state_dict, "state": theirs, "param_groups": groups}, ours
+
+
+def _numbered(groups: Any) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The groups with their parameters' numbers, and the numbers by what is saved.
+
+    torch.distributed.checkpoint saves parameters' names, or numbers as words.
+    """
+    if not isinstance(groups, (list, tuple)) or not all(
+        isinstance(group, Mapping) and isinstance(group.get("params"), (list, tuple))
+        for group in groups
+    ):
+        raise StateError(
+            "load_state_dict was given a dictionary whose 'param_groups' are not tables with a "
+            "list of 'params'. Pass what optimizer.state_dict() returned."
+        )
+    place: dict[str, int] = {}
+    numbered = []
+    for group in groups:
+        own = [place.setdefault(str(key), len(place)) for key in group["params"]]
+        numbered.append({**group, "params": own})
+    return numbered, place
 
 
 def require_same_groups(saved: list[int], own: list[int]) -> None:
