@@ -848,20 +848,6 @@ def test_bf16_parameters_are_trained_with_float32_factors(basis, options):
         assert {t.dtype for t in kept.values()} == {torch.float32}
 
 
-@pytest.mark.xfail(strict=True, reason="a GradScaler's factor is not taken out yet")
-def test_a_grad_scaler_changes_nothing():
-    model, criterion, data = net(3, 5, 4), nn.CrossEntropyLoss(), batches(4)
-    wanted = trained(model, criterion, data, fisher="exact")
-    optimizer = KFAC(model, criterion, fisher="exact")
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for x, y in data:
-        optimizer.zero_grad()
-        scaler.scale(criterion(model(x), y)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    assert_same([vector(model)], wanted[-1:], 1e-7)
-
-
 def test_a_clipped_gradient_is_the_one_that_is_used():
     model, criterion, (batch,) = net(3, 5, 4), nn.CrossEntropyLoss(), batches(1)
     options = {**PINNED, "fisher": "exact"}

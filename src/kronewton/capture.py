@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import mode
 from typing import Any, ClassVar
@@ -129,6 +129,16 @@ class Watcher:
     def discard(self) -> None:
         """Forget what was committed: its gradients are thrown away."""
         self.parts, self._arrivals, self._received = [], [], {}
+
+    def forget_first(self, parts: int, arrivals: int, received: Collection[int]) -> None:
+        """Forget what `seen` told of: its step was not made, and its gradients are gone."""
+        self.parts, self._arrivals = self.parts[parts:], self._arrivals[arrivals:]
+        self._received = {i: g for i, g in self._received.items() if i not in received}
+
+    @property
+    def seen(self) -> tuple[int, int, set[int]]:
+        """How much was committed so far since the last step."""
+        return len(self.parts), len(self._arrivals), set(self._received)
 
     @property
     def pending(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -215,6 +216,8 @@ class KFAC(Optimizer):
         self._plan: Plan | None = None
         self._steps = self._skipped = 0
         self._just_skipped = False
+        self._scale = 1.0  # of a GradScaler
+        self._unmade: tuple[int, int, set[int]] | None = None  # of a step that it may leave out
 
     def _make_fallback(self, parameters: list[Tensor]) -> torch.optim.AdamW | None:
         if not parameters:
@@ -237,13 +240,30 @@ class KFAC(Optimizer):
             if self._watcher is not None and self._watcher.foreign:
                 self._required(self._watcher)
             return loss
-        self._just_skipped = False
+        self._just_skipped, self._unmade = False, None
         if self._watcher is not None and self._moves(self._watcher):
             assert self._planner is not None
             self._step_covered(self._watcher, self._planner)
+        self._scale = 1.0
         if self._fallback is not None:
             self._step_fallback(self._fallback)
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """torch's GradScaler asks for this right before it calls step(), or leaves it out.
+
+        The factor is told to nobody where gradients were unscaled beforehand, to clip them: the
+        statistics still have it, and only the one that asks knows it.
+        """
+        scaler = sys._getframe(1).f_locals.get("self")
+        if isinstance(scaler, torch.amp.GradScaler):
+            self._scale = scaler.get_scale()
+            if self._watcher is not None:
+                if self._unmade is not None:
+                    self._watcher.forget_first(*self._unmade)
+                self._unmade = self._watcher.seen
+        return False  # gradients are for the scaler to unscale
 
     def _moves(self, watcher: Watcher) -> bool:
         """Whether there is a step to make: zeros without a batch are nobody's gradient.
@@ -328,7 +348,8 @@ class KFAC(Optimizer):
                 "under torch.no_grad()."
             )
         if parts or (not criteria and not capturing):
-            return [p.maximised() for p in parts] if self.options.maximize else parts
+            parts = [part.unscaled(self._scale) for part in parts] if self._scale != 1 else parts
+            return [part.maximised() for part in parts] if self.options.maximize else parts
         if not criteria:
             raise CriterionError(
                 "step() found gradients, but no watched layer was run forward and backward since "
@@ -554,6 +575,7 @@ class KFAC(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Throw the gradients away, and with them the statistics that came with them."""
         super().zero_grad(set_to_none)
+        self._unmade = None
         if self._watcher is not None:
             self._watcher.discard()
 

@@ -60,6 +60,14 @@ class Part:
         place = self.output.data_ptr(), self.output._version
         return (*place, self.output.shape, self.output.stride())
 
+    def unscaled(self, scale: float) -> Part:
+        """The same part without a GradScaler's factor of its loss."""
+        if self.weight is None:
+            return self
+        # Gradients that no criterion explains have it in their rows, which count squared.
+        factor = scale if self.loss is not None else scale**2
+        return replace(self, weight=self.weight / factor)
+
     def maximised(self) -> Part:
         """The same part of an objective that is to rise: its loss counts with the other sign."""
         return replace(self, sign=-1.0, loss=None if self.loss is None else -self.loss)
