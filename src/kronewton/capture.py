@@ -34,6 +34,7 @@ from kronewton.replay import (
     Inner,
     ModelCall,
     Path,
+    compiled,
     leaves,
     random_state,
     versions,
@@ -297,7 +298,8 @@ class Watcher:
         if module is self._model() and self._watching():
             self._unwind()
         enters = self.capturing and self._watching() and not any(self._recording)
-        enters = enters and not _compiled(module)
+        # A function mode would be traced with what is compiled.
+        enters = enters and not compiled(module.modules())
         if enters:
             self._recorder.__enter__()
         self._recording.append(enters)
@@ -717,14 +719,6 @@ def _length(gradients: Mapping[int, Tensor]) -> Tensor:
 
 def _device(args: Any, kwargs: Any) -> str:
     return next((t.device.type for _, t in leaves((args, kwargs))), "cpu")
-
-
-def _compiled(module: nn.Module) -> bool:
-    """Whether torch.compile will run any of it: a function mode would be traced with it."""
-    return any(
-        getattr(m, "_compiled_call_impl", None) is not None or "_orig_mod" in m._modules
-        for m in module.modules()
-    )
 
 
 def _arguments(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

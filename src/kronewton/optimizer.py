@@ -671,7 +671,8 @@ class KFAC(Optimizer):
             "dropped_statistics": self._curvature.dropped,
             "failed_inversions": self._curvature.failed,
         }
-        return {name: torch.tensor(float(x), dtype=torch.float64) for name, x in numbers.items()}
+        told = torch.tensor([float(x) for x in numbers.values()], dtype=torch.float64, device="cpu")
+        return dict(zip(numbers, told.unbind(), strict=True))
 
     # The state.
 

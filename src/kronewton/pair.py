@@ -125,8 +125,8 @@ def pair_basis(first: Product, second: Product, name: str) -> EigenInverse:
         )
         for one in (first, second)
     ]
-    P = sum((sides.input.diagonal(Q).sum() * P for P, Q in both), torch.zeros(()))
-    Q = sum((sides.output.diagonal(P).sum() * Q for P, Q in both), torch.zeros(()))
+    P = sum((sides.input.diagonal(Q).sum() * P for P, Q in both), torch.zeros((), device="cpu"))
+    Q = sum((sides.output.diagonal(P).sum() * Q for P, Q in both), torch.zeros((), device="cpu"))
     basis = eigen_basis(Q, P, name, sides)
     trace = sides.input.diagonal(Q).sum().clamp_min(torch.finfo(Q.dtype).tiny)
     return replace(basis, s=basis.s / trace)

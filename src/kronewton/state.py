@@ -55,7 +55,7 @@ def scalars(numbers: Mapping[str, float | None]) -> Tensor:
     """The numbers in the order of SCALARS, None as NaN: (len(SCALARS),) float64."""
     filled = {"version": VERSION, **numbers}
     row = [math.nan if filled.get(k) is None else float(filled[k] or 0.0) for k in SCALARS]
-    return torch.tensor(row, dtype=torch.float64)
+    return torch.tensor(row, dtype=torch.float64, device="cpu")
 
 
 def read_scalars(row: Any) -> dict[str, float | None]:
