@@ -20,11 +20,15 @@ from kronewton.errors import (
     CriterionError,
     KronewtonWarning,
     ModelError,
+    SkippedError,
     StateError,
 )
+from kronewton.factors import Factors
 from kronewton.fisher import Fisher
+from kronewton.inverse import Inverse
 from kronewton.layers import ENTRIES, Found, Layer, find_layers
 from kronewton.layers.base import at_least_float32
+from kronewton.normalised import Moments
 from kronewton.options import (
     AUTO,
     BASES,
@@ -99,6 +103,7 @@ class KFAC(Optimizer):
     draws: backward passes for "sampled". seed: of the draws' own random generator.
     fallback_lr: of the AdamW that trains parameters of uncovered kinds, see `coverage()`.
     strict: refuse a model that needs the fallback.
+    most_skips: steps in a row that may be skipped before SkippedError is raised; 0: none.
     maximize: steps uphill; loss and gradient change their sign, the curvature keeps it.
 
     Raises OptionError, ModelError, CriterionError, UnsupportedError; see kronewton.errors.
@@ -131,12 +136,13 @@ class KFAC(Optimizer):
         strict: bool = False,
         seed: int = 0,
         maximize: bool = False,
+        most_skips: int = 50,
     ) -> None:
         self.options = Options(
             plain(lr), momentum, damping, weight_decay, trust_region, fisher, sharing, basis,
             refine, refine_tolerance, curvature_batches, factor_every, inverse_every, adapt_every,
             factor_decay, largest_side, draws, fallback_lr, strict, seed,
-            maximize,
+            maximize, most_skips,
         )  # fmt: skip
         criteria = check_criteria(criterion, fisher)
         if isinstance(params, nn.Module):
@@ -216,6 +222,7 @@ class KFAC(Optimizer):
         self._plan: Plan | None = None
         self._steps = self._skipped = 0
         self._just_skipped = False
+        self._in_row, self._why_skipped = 0, ""
         self._scale = 1.0  # of a GradScaler
         self._unmade: tuple[int, int, set[int]] | None = None  # of a step that it may leave out
 
@@ -247,7 +254,21 @@ class KFAC(Optimizer):
         self._scale = 1.0
         if self._fallback is not None:
             self._step_fallback(self._fallback)
+        self._stop_if_stuck()
         return loss
+
+    def _stop_if_stuck(self) -> None:
+        """Raise SkippedError once more steps in a row were skipped than are allowed."""
+        if not self._just_skipped:
+            self._in_row = 0
+        elif self._in_row > self.options.most_skips:
+            self._in_row = 0
+            raise SkippedError(
+                f"{self.options.most_skips + 1} steps in a row were skipped, the last because "
+                f"{self._why_skipped}. The weights are as they were before. Look for NaN or "
+                "infinity in the data and in what the model makes of it, or go back to an earlier "
+                "checkpoint; most_skips of KFAC is how many in a row are allowed."
+            )
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -311,12 +332,15 @@ class KFAC(Optimizer):
         plan = None
         if planner.settings is not None or planner.normalising:
             damping = 0.0 if planner.settings is None else planner.settings.inverse_damping
+            failed = self._curvature.failed
             self._curvature.refresh(names, damping)
+            if self._curvature.failed > failed:
+                self._drop_damaged()
             plan = planner.plan(self._steps, parts, gradient, self._previous)
             self._warn_of_products(planner, parts)
         if searching and planner.settings is None and not self._curvature.scale:
             self._skip(NO_CURVATURE)
-        elif plan is None:
+        elif plan is None or not _finite([*plan.direction, *plan.refinement]):
             self._skip()
         else:
             self._plan = plan
@@ -548,9 +572,29 @@ class KFAC(Optimizer):
                     if id(p) in self._place and p.grad is not None:
                         p.mul_(factor)
 
+    def _drop_damaged(self) -> None:
+        """Let go of what is kept and is not finite: the next batch starts it afresh."""
+        curvature = self._curvature
+        for layer in self._layers:
+            for table, names in (
+                (curvature.inverses, [layer.name]),
+                (curvature.moments, [layer.name]),
+                (curvature.factors, curvature.terms(layer.name)),
+            ):
+                for name in names:
+                    if name in table and not _finite(_tensors(table[name])):
+                        del table[name]  # type: ignore[attr-defined]
+        if not math.isfinite(curvature.largest):
+            curvature.largest = 0.0
+        if self._previous is not None and not _finite(self._previous):
+            self._previous = None
+
     def _skip(self, why: str = "the loss, a gradient or the curvature was not finite") -> None:
         self._skipped += 1
+        self._in_row += 1
         self._just_skipped = True
+        self._drop_damaged()
+        self._why_skipped = why
         self._warn(
             f"a step was skipped: {why}. The weights are as they were. Look for NaN or infinity "
             "in the batch and in what the model makes of it; diagnostics()['skipped'] counts such "
@@ -567,7 +611,8 @@ class KFAC(Optimizer):
             if p.grad is not None and p.grad.is_sparse:  # AdamW takes none
                 p.grad = p.grad.to_dense()
         grads = [p.grad for g in fallback.param_groups for p in g["params"] if p.grad is not None]
-        if grads and bool(torch.isfinite(torch.stack([g.sum() for g in grads]).sum())):
+        # Squared: what overflows there would stay in AdamW's second moment.
+        if grads and bool(torch.isfinite(torch.stack([(g * g.conj()).sum() for g in grads]).sum())):
             fallback.step()
         elif grads and not self._just_skipped:
             self._skip()
@@ -839,6 +884,20 @@ def _gradient(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         return torch.zeros_like(parameter)
     return parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all numbers of all tensors are."""
+    some = [t for t in tensors if t.numel()]
+    largest = [n.double() for n in torch._foreach_norm(some, math.inf)] if some else []
+    return not largest or bool(torch.isfinite(torch.stack(largest)).all())
+
+
+def _tensors(kept: Inverse | Moments | Factors) -> list[Tensor]:
+    """What one of a layer's tables keeps of it."""
+    if isinstance(kept, Factors):
+        return [m.total for m in (kept.A, kept.B, kept.s) if m is not None]
+    return list(kept.tensors().values())
 
 
 def _first(layer: Layer) -> Tensor:

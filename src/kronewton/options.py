@@ -44,6 +44,7 @@ class Options:
     strict: bool
     seed: int
     maximize: bool
+    most_skips: int
 
     def __post_init__(self) -> None:
         _number("lr", self.lr, 0.0, auto=True)
@@ -70,6 +71,7 @@ class Options:
         if not isinstance(self.factor_decay, str) and self.factor_decay >= 1:
             raise OptionError(f"factor_decay must lie in [0, 1), not {self.factor_decay!r}.")
         _number("fallback_lr", self.fallback_lr, 0.0)
+        _count("most_skips", self.most_skips, 0)
         if not isinstance(self.maximize, bool):
             raise OptionError(f"maximize must be True or False, not {self.maximize!r}.")
 

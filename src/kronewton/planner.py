@@ -296,7 +296,7 @@ class Planner:
         self, parts: Sequence[Part], gradient: Tensor, previous: list[Tensor] | None
     ) -> Plan | None:
         """A step of Adam in the eigenbases, at the pace of the rule."""
-        if not math.isfinite(float(gradient.sum())):  # it would stay in the moments
+        if not math.isfinite(float(torch.dot(gradient, gradient))):  # it would stay in the moments
             return None
         options = self.options
         decay = FIRST_DECAY if isinstance(options.momentum, str) else float(options.momentum)
