@@ -25,10 +25,8 @@ from kronewton.errors import (
 )
 from kronewton.factors import Factors
 from kronewton.fisher import Fisher
-from kronewton.inverse import Inverse
 from kronewton.layers import ENTRIES, Found, Layer, find_layers
 from kronewton.layers.base import at_least_float32
-from kronewton.normalised import Moments
 from kronewton.options import (
     AUTO,
     BASES,
@@ -223,6 +221,8 @@ class KFAC(Optimizer):
         self._steps = self._skipped = 0
         self._just_skipped = False
         self._in_row, self._why_skipped = 0, ""
+        self._sound = 0.0, 0.0  # the curvature's scales before the last batch
+        self._lost = False  # of factors, so that new ones are due
         self._scale = 1.0  # of a GradScaler
         self._unmade: tuple[int, int, set[int]] | None = None  # of a step that it may leave out
 
@@ -307,6 +307,7 @@ class KFAC(Optimizer):
             )
         planner.look_back(parts)
         seen = by_layer((part.statistics, part.weight) for part in parts)
+        self._sound = self._curvature.scale, self._curvature.largest
         self._curvature.learn(seen, planner.decay())
         if watcher.capturing:
             self._warn_of_uncalled(watcher, {layer_of(term) for term in seen})
@@ -352,7 +353,8 @@ class KFAC(Optimizer):
         planner.remember(parts)
         self._curvature.forget_batch()
         self._steps += 1
-        watcher.capturing = due(planner.age(self._steps), factor_every)
+        watcher.capturing = due(planner.age(self._steps), factor_every) or self._lost
+        self._lost = False
 
     def _settle(self, planner: Planner) -> None:
         """Let the noise choose the basis."""
@@ -575,17 +577,21 @@ class KFAC(Optimizer):
     def _drop_damaged(self) -> None:
         """Let go of what is kept and is not finite: the next batch starts it afresh."""
         curvature = self._curvature
-        for layer in self._layers:
-            for table, names in (
-                (curvature.inverses, [layer.name]),
-                (curvature.moments, [layer.name]),
-                (curvature.factors, curvature.terms(layer.name)),
-            ):
-                for name in names:
-                    if name in table and not _finite(_tensors(table[name])):
-                        del table[name]  # type: ignore[attr-defined]
-        if not math.isfinite(curvature.largest):
-            curvature.largest = 0.0
+        for name in [layer.name for layer in self._layers]:
+            lost = [t for t in curvature.terms(name) if not _finite(_totals(curvature.factors[t]))]
+            for term in lost:
+                del curvature.factors[term]
+                self._lost = True
+            # A damped inverse is made again from its factors; a basis can do without them.
+            inverse = curvature.inverses.get(name)
+            damped = bool(lost) and curvature.basis != ADAM
+            if inverse is not None and (damped or not _finite(inverse.tensors().values())):
+                del curvature.inverses[name]
+            moments = curvature.moments.get(name)
+            if moments is not None and not _finite(moments.tensors().values()):
+                del curvature.moments[name]
+        if not (math.isfinite(curvature.largest) and math.isfinite(curvature.scale)):
+            curvature.scale, curvature.largest = self._sound  # which the dampings go by
         if self._previous is not None and not _finite(self._previous):
             self._previous = None
 
@@ -893,11 +899,8 @@ def _finite(tensors: Iterable[Tensor]) -> bool:
     return not largest or bool(torch.isfinite(torch.stack(largest)).all())
 
 
-def _tensors(kept: Inverse | Moments | Factors) -> list[Tensor]:
-    """What one of a layer's tables keeps of it."""
-    if isinstance(kept, Factors):
-        return [m.total for m in (kept.A, kept.B, kept.s) if m is not None]
-    return list(kept.tensors().values())
+def _totals(factors: Factors) -> list[Tensor]:
+    return [m.total for m in (factors.A, factors.B, factors.s) if m is not None]
 
 
 def _first(layer: Layer) -> Tensor:
