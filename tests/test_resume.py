@@ -284,6 +284,15 @@ def test_one_flat_table_of_tensors_is_enough(name):
     assert_goes_on(config, again)
 
 
+def test_the_code_of_the_page_runs():
+    page = (Path(__file__).parents[1] / "docs" / "failures.md").read_text()
+    (code,) = [part.partition("```")[0] for part in page.split("```python\n")[1:]]
+    config = in_float64("nothing set")
+    run = Training(config).steps(range(CUT))
+    exec(compile(code, "docs/failures.md", "exec"), {"optimizer": run.optimizer})
+    assert_goes_on(config, run)
+
+
 def assert_goes_on(config: Config, again: Training) -> None:
     whole = Training(config).steps(range(STEPS))
     again.steps(range(CUT, STEPS))
