@@ -81,10 +81,13 @@ def test_the_seed_is_a_whole_number(value):
     assert repr(value) in message
 
 
-def test_refine_is_a_whole_number():
+def test_counts_that_may_be_zero_are_whole_numbers():
     for wrong in (-1, 1.5, True, "3"):
         assert f"refine must be a whole number ≥ 0, not {wrong!r}." in refused("refine", wrong)
     assert "refine_tolerance must be a number ≥ 0" in refused("refine_tolerance", -1e-3)
+    for wrong in (-1, 1.5, True, None):
+        words = f"most_skips must be a whole number ≥ 0, not {wrong!r}."
+        assert words in refused("most_skips", wrong)
     assert "curvature_batches must be a whole number ≥ 1" in refused("curvature_batches", 0)
 
 

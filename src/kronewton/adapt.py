@@ -186,13 +186,13 @@ class Pacing:
     that it is where it began. The ceiling lies between, at a `share` of the minimum: a step that
     only lowers the loss need not lower it the furthest. Slope and bend are averaged apart, for
     their ratio is what noise distorts.
-    Below it, from the highest down, the agreement of successive steps decides (Riedmiller & Braun 1993, of the whole
-    step): where the new gradient still wants the last step, lr grows, where it wants it back, lr
-    falls, to `least` of the ceiling at most. Both would, with noise, stop at once what pays only
-    later, and the lowest of all, Adam's usual learning rate, is there against that short sight
-    (Wu et al. 2018).
-    A model knows nothing of what is beyond it: where less comes than it promised, on the same batch,
-    steps are shorter, and longer again where it is right.
+    Below it, from the highest down, the agreement of successive steps decides (Riedmiller & Braun
+    1993, of the whole step): where the new gradient still wants the last step, lr grows, where it
+    wants it back, lr falls, to `least` of the ceiling at most. Both would, with noise, stop at once
+    what pays only later, and the lowest of all, Adam's usual learning rate, is there against that
+    short sight (Wu et al. 2018).
+    A model knows nothing of what is beyond it: where less comes than it promised, on the same
+    batch, steps are shorter, and longer again where it is right.
     """
 
     share: float = 1.6

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import mode
 from typing import Any, ClassVar
@@ -34,6 +34,7 @@ from kronewton.replay import (
     Inner,
     ModelCall,
     Path,
+    compiled,
     leaves,
     random_state,
     versions,
@@ -129,6 +130,21 @@ class Watcher:
     def discard(self) -> None:
         """Forget what was committed: its gradients are thrown away."""
         self.parts, self._arrivals, self._received = [], [], {}
+
+    def forget_first(self, parts: int, arrivals: int, received: Collection[int]) -> None:
+        """Forget what `seen` told of: its step was not made, and its gradients are gone."""
+        self.parts, self._arrivals = self.parts[parts:], self._arrivals[arrivals:]
+        self._received = {i: g for i, g in self._received.items() if i not in received}
+
+    @property
+    def seen(self) -> tuple[int, int, set[int]]:
+        """How much was committed so far since the last step."""
+        return len(self.parts), len(self._arrivals), set(self._received)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a batch has been seen since the last step."""
+        return bool(self.parts or self._arrivals or self.foreign)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -282,7 +298,8 @@ class Watcher:
         if module is self._model() and self._watching():
             self._unwind()
         enters = self.capturing and self._watching() and not any(self._recording)
-        enters = enters and not _compiled(module)
+        # A function mode would be traced with what is compiled.
+        enters = enters and not compiled(module.modules())
         if enters:
             self._recorder.__enter__()
         self._recording.append(enters)
@@ -702,14 +719,6 @@ def _length(gradients: Mapping[int, Tensor]) -> Tensor:
 
 def _device(args: Any, kwargs: Any) -> str:
     return next((t.device.type for _, t in leaves((args, kwargs))), "cpu")
-
-
-def _compiled(module: nn.Module) -> bool:
-    """Whether torch.compile will run any of it: a function mode would be traced with it."""
-    return any(
-        getattr(m, "_compiled_call_impl", None) is not None or "_orig_mod" in m._modules
-        for m in module.modules()
-    )
 
 
 def _arguments(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

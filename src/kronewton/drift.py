@@ -80,4 +80,3 @@ def _among(M: Tensor, diagonal: Tensor) -> Tensor:
     m = (diagonal + FLOOR * diagonal.mean()).clamp_min(TINY)
     squares = M.square() / m.unsqueeze(-1) / m
     return (squares.sum() - squares.diagonal().sum()) / len(m)
-

@@ -29,6 +29,10 @@ class NotPositiveDefinite(KronewtonError, ArithmeticError):
     """A factor could not be inverted: not finite, or not positive however much was added."""
 
 
+class SkippedError(KronewtonError, ArithmeticError):
+    """Too many steps in a row could not be made."""
+
+
 class StateError(KronewtonError, ValueError):
     """A state_dict does not belong to this optimizer and model."""
 

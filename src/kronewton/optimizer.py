@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -18,9 +20,10 @@ from kronewton.errors import (
     CriterionError,
     KronewtonWarning,
     ModelError,
+    SkippedError,
     StateError,
-    UnsupportedError,
 )
+from kronewton.factors import Factors
 from kronewton.fisher import Fisher
 from kronewton.layers import ENTRIES, Found, Layer, find_layers
 from kronewton.layers.base import at_least_float32
@@ -33,6 +36,7 @@ from kronewton.options import (
     check_criterion,
     check_parameters,
     check_patterns,
+    plain,
 )
 from kronewton.part import Part
 from kronewton.planner import Plan, Planner, Steering
@@ -42,6 +46,7 @@ from kronewton.state import (
     PREFIX,
     planner_scalars,
     read_scalars,
+    require_mapping,
     require_same_groups,
     require_same_layer,
     require_same_shapes,
@@ -96,6 +101,8 @@ class KFAC(Optimizer):
     draws: backward passes for "sampled". seed: of the draws' own random generator.
     fallback_lr: of the AdamW that trains parameters of uncovered kinds, see `coverage()`.
     strict: refuse a model that needs the fallback.
+    most_skips: steps in a row that may be skipped before SkippedError is raised; 0: none.
+    maximize: steps uphill; loss and gradient change their sign, the curvature keeps it.
 
     Raises OptionError, ModelError, CriterionError, UnsupportedError; see kronewton.errors.
     """
@@ -106,7 +113,7 @@ class KFAC(Optimizer):
         criterion: nn.Module | Sequence[nn.Module] | None = None,
         *,
         model: nn.Module | None = None,
-        lr: float | str = AUTO,
+        lr: float | Tensor | str = AUTO,
         momentum: float | str = AUTO,
         damping: float | str = AUTO,
         weight_decay: float = 0.0,
@@ -126,11 +133,14 @@ class KFAC(Optimizer):
         fallback_lr: float = 1e-3,
         strict: bool = False,
         seed: int = 0,
+        maximize: bool = False,
+        most_skips: int = 50,
     ) -> None:
         self.options = Options(
-            lr, momentum, damping, weight_decay, trust_region, fisher, sharing, basis, refine,
-            refine_tolerance, curvature_batches, factor_every, inverse_every, adapt_every,
+            plain(lr), momentum, damping, weight_decay, trust_region, fisher, sharing, basis,
+            refine, refine_tolerance, curvature_batches, factor_every, inverse_every, adapt_every,
             factor_decay, largest_side, draws, fallback_lr, strict, seed,
+            maximize, most_skips,
         )  # fmt: skip
         criteria = check_criteria(criterion, fisher)
         if isinstance(params, nn.Module):
@@ -143,6 +153,8 @@ class KFAC(Optimizer):
         first_lr = 1.0 if isinstance(lr, str) else lr
         groups = check_parameters(params, model)
         super().__init__(groups, {"lr": first_lr, "weight_decay": weight_decay})
+        for group in self.param_groups:  # torch warns of what stands in a group twice
+            group["params"] = list({id(p): p for p in group["params"]}.values())
         self._watch(model, criteria)
         without = [row for row in self.coverage().rows if not row.curved] if strict else []
         if without:
@@ -208,13 +220,19 @@ class KFAC(Optimizer):
         self._plan: Plan | None = None
         self._steps = self._skipped = 0
         self._just_skipped = False
+        self._in_row, self._why_skipped = 0, ""
+        self._sound = 0.0, 0.0  # the curvature's scales before the last batch
+        self._lost = False  # of factors, so that new ones are due
+        self._scale = 1.0  # of a GradScaler
+        self._unmade: tuple[int, int, set[int]] | None = None  # of a step that it may leave out
 
     def _make_fallback(self, parameters: list[Tensor]) -> torch.optim.AdamW | None:
         if not parameters:
             return None
         decay = {id(p): g["weight_decay"] for g in self.param_groups for p in g["params"]}
         groups = [{"params": [p], "weight_decay": decay[id(p)]} for p in parameters]
-        return torch.optim.AdamW(groups, lr=self.options.fallback_lr)
+        options = self.options
+        return torch.optim.AdamW(groups, lr=options.fallback_lr, maximize=options.maximize)
 
     # The step.
 
@@ -229,13 +247,54 @@ class KFAC(Optimizer):
             if self._watcher is not None and self._watcher.foreign:
                 self._required(self._watcher)
             return loss
-        self._just_skipped = False
-        if self._watcher is not None and any(p.grad is not None for p in self._parameters):
+        self._just_skipped, self._unmade = False, None
+        if self._watcher is not None and self._moves(self._watcher):
             assert self._planner is not None
             self._step_covered(self._watcher, self._planner)
+        self._scale = 1.0
         if self._fallback is not None:
             self._step_fallback(self._fallback)
+        self._stop_if_stuck()
         return loss
+
+    def _stop_if_stuck(self) -> None:
+        """Raise SkippedError once more steps in a row were skipped than are allowed."""
+        if not self._just_skipped:
+            self._in_row = 0
+        elif self._in_row > self.options.most_skips:
+            self._in_row = 0
+            raise SkippedError(
+                f"{self.options.most_skips + 1} steps in a row were skipped, the last because "
+                f"{self._why_skipped}. The weights are as they were before. Look for NaN or "
+                "infinity in the data and in what the model makes of it, or go back to an earlier "
+                "checkpoint; most_skips of KFAC is how many in a row are allowed."
+            )
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """torch's GradScaler asks for this right before it calls step(), or leaves it out.
+
+        The factor is told to nobody where gradients were unscaled beforehand, to clip them: the
+        statistics still have it, and only the one that asks knows it.
+        """
+        scaler = sys._getframe(1).f_locals.get("self")
+        if isinstance(scaler, torch.amp.GradScaler):
+            self._scale = scaler.get_scale()
+            if self._watcher is not None:
+                if self._unmade is not None:
+                    self._watcher.forget_first(*self._unmade)
+                self._unmade = self._watcher.seen
+        return False  # gradients are for the scaler to unscale
+
+    def _moves(self, watcher: Watcher) -> bool:
+        """Whether there is a step to make: zeros without a batch are nobody's gradient.
+
+        zero_grad(set_to_none=False) leaves them, and torch.distributed.checkpoint sets them.
+        """
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        if watcher.pending or (not watcher.criteria and not watcher.capturing):
+            return bool(grads)
+        return any(bool(g.any()) for g in grads)
 
     def _step_covered(self, watcher: Watcher, planner: Planner) -> None:
         parts = self._required(watcher)
@@ -248,6 +307,7 @@ class KFAC(Optimizer):
             )
         planner.look_back(parts)
         seen = by_layer((part.statistics, part.weight) for part in parts)
+        self._sound = self._curvature.scale, self._curvature.largest
         self._curvature.learn(seen, planner.decay(), planner.rows(), self._steps)
         if watcher.capturing:
             self._warn_of_uncalled(watcher, {layer_of(term) for term in seen})
@@ -258,7 +318,7 @@ class KFAC(Optimizer):
             self._previous = [
                 t.to(p) for t, p in zip(self._previous, self._parameters, strict=True)
             ]
-        gradient = flattened([_gradient(p) for p in self._parameters])
+        gradient = flattened(self._gradients())
         planner.factor = self._common_factor()
         names: Collection[str] = ()
         if planner.settle(self._steps, parts, gradient):
@@ -273,12 +333,15 @@ class KFAC(Optimizer):
         plan = None
         if not planner.searching:
             damping = 0.0 if planner.settings is None else planner.settings.inverse_damping
+            failed = self._curvature.failed
             self._curvature.refresh(names, damping)
+            if self._curvature.failed > failed:
+                self._drop_damaged()
             plan = planner.plan(self._steps, parts, gradient, self._previous)
             self._warn_of_products(planner, parts)
         if planner.searching:
             self._skip(NO_CURVATURE)
-        elif plan is None:
+        elif plan is None or not _finite([*plan.direction, *plan.refinement]):
             self._skip()
         else:
             self._plan = plan
@@ -290,7 +353,8 @@ class KFAC(Optimizer):
         planner.remember(parts)
         self._curvature.forget_batch()
         self._steps += 1
-        watcher.capturing = due(planner.age(self._steps), factor_every)
+        watcher.capturing = due(planner.age(self._steps), factor_every) or self._lost
+        self._lost = False
 
     def _required(self, watcher: Watcher) -> list[Part]:
         """The parts of this step, or a sentence that says why there is none."""
@@ -305,7 +369,8 @@ class KFAC(Optimizer):
                 "under torch.no_grad()."
             )
         if parts or (not criteria and not capturing):
-            return parts
+            parts = [part.unscaled(self._scale) for part in parts] if self._scale != 1 else parts
+            return [part.maximised() for part in parts] if self.options.maximize else parts
         if not criteria:
             raise CriterionError(
                 "step() found gradients, but no watched layer was run forward and backward since "
@@ -398,7 +463,9 @@ class KFAC(Optimizer):
                 )
 
     def _gradients(self) -> list[Tensor]:
-        return [_gradient(p) for p in self._parameters]
+        """Of what is minimised, one tensor per stepped parameter."""
+        found = [_gradient(p) for p in self._parameters]
+        return [g.neg() for g in found] if self.options.maximize else found
 
     def _precondition(self, vector: Vector, damping: float) -> list[Tensor]:
         """(B ⊗ A + damping·I)⁻¹ v for one tensor per stepped parameter."""
@@ -439,7 +506,7 @@ class KFAC(Optimizer):
         """A direction times the groups' lr, where that is a number."""
         if self.options.lr == AUTO:
             return list(direction)
-        lr = {id(p): g["lr"] for g in self.param_groups for p in g["params"]}
+        lr = {id(p): float(g["lr"]) for g in self.param_groups for p in g["params"]}
         pairs = zip(self._parameters, direction, strict=True)
         return [d if lr[id(p)] == 1 else d * lr[id(p)] for p, d in pairs]
 
@@ -460,7 +527,7 @@ class KFAC(Optimizer):
         assert self._previous is not None
         automatic = self.options.lr == AUTO
         for group in self.param_groups:
-            factor = group["lr"] if automatic else 1.0
+            factor = float(group["lr"]) if automatic else 1.0
             at = [self._place[id(p)] for p in group["params"] if id(p) in self._place]
             moving = [i for i in at if self._parameters[i].grad is not None]
             if moving:
@@ -497,14 +564,38 @@ class KFAC(Optimizer):
         for group in self.param_groups:
             if group["weight_decay"]:
                 unit = DECAY_UNIT if self.options.lr == AUTO else 1.0
-                factor = 1 - group["lr"] * unit * group["weight_decay"]
+                factor = 1 - float(group["lr"]) * unit * group["weight_decay"]
                 for p in group["params"]:
                     if id(p) in self._place and p.grad is not None:
                         p.mul_(factor)
 
+    def _drop_damaged(self) -> None:
+        """Let go of what is kept and is not finite: the next batch starts it afresh."""
+        curvature = self._curvature
+        for name in [layer.name for layer in self._layers]:
+            lost = [t for t in curvature.terms(name) if not _finite(_totals(curvature.factors[t]))]
+            for term in lost:
+                del curvature.factors[term]
+                self._lost = True
+            # A damped inverse is made again from its factors; a basis can do without them.
+            inverse = curvature.inverses.get(name)
+            damped = bool(lost) and curvature.basis != ADAM
+            if inverse is not None and (damped or not _finite(inverse.tensors().values())):
+                del curvature.inverses[name]
+            moments = curvature.moments.get(name)
+            if moments is not None and not _finite(moments.tensors().values()):
+                del curvature.moments[name]
+        if not (math.isfinite(curvature.largest) and math.isfinite(curvature.scale)):
+            curvature.scale, curvature.largest = self._sound  # which the dampings go by
+        if self._previous is not None and not _finite(self._previous):
+            self._previous = None
+
     def _skip(self, why: str = "the loss, a gradient or the curvature was not finite") -> None:
         self._skipped += 1
+        self._in_row += 1
         self._just_skipped = True
+        self._drop_damaged()
+        self._why_skipped = why
         self._warn(
             f"a step was skipped: {why}. The weights are as they were. Look for NaN or infinity "
             "in the batch and in what the model makes of it; diagnostics()['skipped'] counts such "
@@ -513,11 +604,16 @@ class KFAC(Optimizer):
 
     def _step_fallback(self, fallback: torch.optim.AdamW) -> None:
         first = 1.0 if isinstance(self.options.lr, str) else self.options.lr or 1.0
-        factor = {id(p): g["lr"] / first for g in self.param_groups for p in g["params"]}
+        own = {id(p): g for g in self.param_groups for p in g["params"]}
         for group in fallback.param_groups:
-            group["lr"] = self.options.fallback_lr * factor[id(group["params"][0])]
+            (p,) = group["params"]
+            group["lr"] = self.options.fallback_lr * float(own[id(p)]["lr"]) / first
+            group["weight_decay"] = own[id(p)]["weight_decay"]
+            if p.grad is not None and p.grad.is_sparse:  # AdamW takes none
+                p.grad = p.grad.to_dense()
         grads = [p.grad for g in fallback.param_groups for p in g["params"] if p.grad is not None]
-        if grads and bool(torch.isfinite(torch.stack([g.sum() for g in grads]).sum())):
+        # Squared: what overflows there would stay in AdamW's second moment.
+        if grads and bool(torch.isfinite(torch.stack([(g * g.conj()).sum() for g in grads]).sum())):
             fallback.step()
         elif grads and not self._just_skipped:
             self._skip()
@@ -525,14 +621,17 @@ class KFAC(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Throw the gradients away, and with them the statistics that came with them."""
         super().zero_grad(set_to_none)
+        self._unmade = None
         if self._watcher is not None:
             self._watcher.discard()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; once the optimizer is made they are trained by the fallback."""
-        super().add_param_group(param_group)
         if not hasattr(self, "_all"):
-            return  # torch's own constructor
+            super().add_param_group(param_group)  # from torch's own constructor
+            return
+        check_parameters([param_group], None)
+        super().add_param_group(param_group)
         new = [p for p in self.param_groups[-1]["params"] if p.requires_grad]
         self._all += new
         self._known |= {id(p) for p in new}
@@ -618,7 +717,8 @@ class KFAC(Optimizer):
             "dropped_statistics": self._curvature.dropped,
             "failed_inversions": self._curvature.failed,
         }
-        return {name: torch.tensor(float(x), dtype=torch.float64) for name, x in numbers.items()}
+        told = torch.tensor([float(x) for x in numbers.values()], dtype=torch.float64, device="cpu")
+        return dict(zip(numbers, told.unbind(), strict=True))
 
     # The state.
 
@@ -626,11 +726,11 @@ class KFAC(Optimizer):
         """Everything that the next steps depend on: tensors and numbers only."""
         if self._fallback is not None:
             self.state = self._fallback.state
-        packed = super().state_dict()
-        for index, entries in self._packed().items():
-            mine = {PREFIX + key: tensor.clone() for key, tensor in entries.items()}
-            packed["state"][index] = {**packed["state"].get(index, {}), **mine}
-        return packed
+        handle = self.register_state_dict_post_hook(_add_packed, prepend=True)
+        try:
+            return super().state_dict()  # type: ignore[no-any-return]
+        finally:
+            handle.remove()
 
     def _packed(self) -> dict[int, dict[str, Tensor]]:
         place = self._index
@@ -667,7 +767,29 @@ class KFAC(Optimizer):
 
         Factors keep the precision that they were saved with, whatever the parameters' is.
         """
-        theirs, ours = split(state_dict)
+        require_mapping(state_dict)
+        given: list[Any] = []
+
+        def check(_: Any, found: dict[str, Any]) -> dict[str, Any]:
+            given[:] = split(found)
+            self._require_own_state(*given)
+            return given[0]  # type: ignore[no-any-return]
+
+        # Behind the user's own hooks, which may give another dictionary, and in front of them.
+        before = self.register_load_state_dict_pre_hook(check)
+        after = self.register_load_state_dict_post_hook(
+            lambda _: self._restore(given[1]), prepend=True
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _require_own_state(
+        self, theirs: Mapping[str, Any], ours: Mapping[int, Mapping[str, Tensor]]
+    ) -> None:
+        """Raise StateError, before anything is changed, unless it is a state of this model."""
         numbers = read_scalars(ours.get(0, {}).get("scalars"))
         saved = BASES[int(numbers["basis"] or 0)]
         own_basis = self.options.basis
@@ -686,10 +808,13 @@ class KFAC(Optimizer):
             saved_here = ours.get(self._index[id(_first(layer))], {})
             largest = self.options.largest_side_of(layer.name)
             require_same_layer(layer, _of_layer(layer, saved_here), largest)
+
+    def _restore(self, ours: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Take over what is not torch's, as it was saved."""
+        numbers = read_scalars(ours[0]["scalars"])
         self._curvature.factors = {}
-        self._curvature.change_basis(saved)
+        self._curvature.change_basis(BASES[int(numbers["basis"] or 0)])
         self._curvature.chosen = {}
-        super().load_state_dict(theirs)
         if self._fallback is not None:
             self._fallback.state = self.state
         place = self._index
@@ -716,10 +841,26 @@ class KFAC(Optimizer):
             restore_planner(self._planner, numbers)
 
     def __getstate__(self) -> dict[str, Any]:
-        raise UnsupportedError(
-            "KFAC cannot be copied or pickled: it is tied to its model by hooks. Copy the model, "
-            "make a new KFAC for it, and give that one the old one's state_dict()."
+        """For pickle and deepcopy: the copy has a model of its own and watches that one."""
+        watcher, planner = self._watcher, self._planner
+        return {
+            "groups": self.param_groups,
+            "criteria": () if watcher is None else watcher.criteria,
+            "model": None if planner is None else planner.replayer.model,
+            "options": {f.name: getattr(self.options, f.name) for f in fields(self.options)},
+            "state": self.state_dict(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the optimizer anew. torch's load_state_dict, too, hands over what it read here."""
+        if "options" not in state:
+            super().__setstate__(state)
+            return
+        options = state["options"]
+        self.__init__(  # type: ignore[misc]
+            state["groups"], state["criteria"] or None, model=state["model"], **options
         )
+        self.load_state_dict(state["state"])
 
     def close(self) -> None:
         """Remove every hook. The optimizer cannot be used afterwards."""
@@ -732,11 +873,29 @@ class KFAC(Optimizer):
             warnings.warn(sentence, KronewtonWarning, stacklevel=4)
 
 
+def _add_packed(optimizer: Any, packed: dict[str, Any]) -> None:
+    """Add ours to torch's part of a state_dict, before a user's hooks see it."""
+    for index, entries in optimizer._packed().items():
+        mine = {PREFIX + key: tensor.clone() for key, tensor in entries.items()}
+        packed["state"][index] = {**packed["state"].get(index, {}), **mine}
+
+
 def _gradient(parameter: Tensor) -> Tensor:
     """The gradient, or zeros where none arrived."""
     if parameter.grad is None:
         return torch.zeros_like(parameter)
     return parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all numbers of all tensors are."""
+    some = [t for t in tensors if t.numel()]
+    largest = [n.double() for n in torch._foreach_norm(some, math.inf)] if some else []
+    return not largest or bool(torch.isfinite(torch.stack(largest)).all())
+
+
+def _totals(factors: Factors) -> list[Tensor]:
+    return [m.total for m in (factors.A, factors.B, factors.s) if m is not None]
 
 
 def _first(layer: Layer) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -43,6 +43,8 @@ class Options:
     fallback_lr: float
     strict: bool
     seed: int
+    maximize: bool
+    most_skips: int
 
     def __post_init__(self) -> None:
         _number("lr", self.lr, 0.0, auto=True)
@@ -69,6 +71,9 @@ class Options:
         if not isinstance(self.factor_decay, str) and self.factor_decay >= 1:
             raise OptionError(f"factor_decay must lie in [0, 1), not {self.factor_decay!r}.")
         _number("fallback_lr", self.fallback_lr, 0.0)
+        _count("most_skips", self.most_skips, 0)
+        if not isinstance(self.maximize, bool):
+            raise OptionError(f"maximize must be True or False, not {self.maximize!r}.")
 
     def _check_normalised(self) -> None:
         if self.basis != "adam":
@@ -160,7 +165,19 @@ def check_group(group: Mapping[str, Any]) -> None:
     """A parameter group's own options: numbers, in automatic runs too, where lr is a factor."""
     for name in ("lr", "weight_decay"):
         if name in group:
-            _number(name, group[name], 0.0)
+            _number(name, plain(group[name]), 0.0)
+    if "maximize" in group:
+        raise UnsupportedError(
+            f"a parameter group has maximize={group['maximize']!r} of its own, and there is one "
+            "objective for all of them: give maximize to KFAC."
+        )
+
+
+def plain(value: Any) -> Any:
+    """A number that is given as a tensor of one element, as torch allows for lr; or the value."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return value.item()
+    return value
 
 
 def criteria_of(criterion: Any) -> tuple[Any, ...]:
@@ -213,6 +230,11 @@ def check_criterion(criterion: Any, fisher: str) -> None:
 
 def check_parameters(params: Iterable[Any], model: nn.Module | None) -> list[Any]:
     """The parameters or groups, after checking that there are some, and of the model."""
+    if isinstance(params, (Tensor, str, Mapping, Set)) or not isinstance(params, Iterable):
+        raise ModelError(
+            f"the parameters were given as {type(params).__name__}; a model, or a list of "
+            "parameters or of groups in a fixed order is allowed. Pass model, or [parameter]."
+        )
     groups = [_group(entry) for entry in params]
     if not groups:
         raise ModelError(
@@ -221,11 +243,11 @@ def check_parameters(params: Iterable[Any], model: nn.Module | None) -> list[Any
         )
     given: list[Any] = []
     for group in groups:
-        entry = group["params"] if isinstance(group, dict) else group
-        given += [entry] if isinstance(entry, Tensor) else list(entry)
+        given += group["params"] if isinstance(group, dict) else [group]
     if model is not None:
         own = {id(p) for p in model.parameters()}
-        strangers = [tuple(p.shape) for p in given if isinstance(p, Tensor) and id(p) not in own]
+        every = [entry[-1] if isinstance(entry, tuple) else entry for entry in given]
+        strangers = [tuple(p.shape) for p in every if isinstance(p, Tensor) and id(p) not in own]
         if strangers:
             raise ModelError(
                 f"{len(strangers)} of the parameters, the first of shape {strangers[0]}, do not "
@@ -239,8 +261,18 @@ def _group(entry: Any) -> Any:
     """A parameter group with its parameters in a list: they may come from a generator."""
     if not isinstance(entry, dict):
         return entry
+    if "params" not in entry:
+        raise ModelError(
+            f"a parameter group has the keys {', '.join(map(repr, entry)) or '(none)'} and no "
+            "'params'. Give it the list of its parameters under 'params'."
+        )
     check_group(entry)
     given = entry["params"]
+    if isinstance(given, (Set, str)):
+        raise ModelError(
+            f"'params' of a parameter group is a {type(given).__name__}; a parameter or a list of "
+            "parameters in a fixed order is allowed. Pass list(params)."
+        )
     return {**entry, "params": [given] if isinstance(given, Tensor) else list(given)}
 
 

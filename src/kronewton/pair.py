@@ -124,8 +124,8 @@ def of_both(first: Product, second: Product) -> Product:
         )
         for one in (first, second)
     ]
-    P = sum((sides.input.diagonal(Q).sum() * P for P, Q in both), torch.zeros(()))
-    Q = sum((sides.output.diagonal(P).sum() * Q for P, Q in both), torch.zeros(()))
+    P = sum((sides.input.diagonal(Q).sum() * P for P, Q in both), torch.zeros((), device="cpu"))
+    Q = sum((sides.output.diagonal(P).sum() * Q for P, Q in both), torch.zeros((), device="cpu"))
     trace = sides.input.diagonal(Q).sum().clamp_min(torch.finfo(Q.dtype).tiny)
     return Product(P, Q / trace, sides)
 

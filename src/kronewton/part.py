@@ -51,6 +51,7 @@ class Part:
     weight: Tensor | None = None  # (), None until a gradient has arrived
     statistics: dict[str, list[Statistics]] = field(default_factory=dict)
     expected: dict[int, Tensor] = field(default_factory=dict)  # by output: gradient of the loss
+    sign: float = 1.0  # -1 where the criterion is maximised
     _at: OutputCurvature | None = None
 
     @property
@@ -58,6 +59,18 @@ class Part:
         """The same for two parts if and only if they share one output."""
         place = self.output.data_ptr(), self.output._version
         return (*place, self.output.shape, self.output.stride())
+
+    def unscaled(self, scale: float) -> Part:
+        """The same part without a GradScaler's factor of its loss."""
+        if self.weight is None:
+            return self
+        # Gradients that no criterion explains have it in their rows, which count squared.
+        factor = scale if self.loss is not None else scale**2
+        return replace(self, weight=self.weight / factor)
+
+    def maximised(self) -> Part:
+        """The same part of an objective that is to rise: its loss counts with the other sign."""
+        return replace(self, sign=-1.0, loss=None if self.loss is None else -self.loss)
 
     def at(self, output: Tensor) -> Part:
         """The same batch with another output, and without statistics."""

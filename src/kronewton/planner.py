@@ -156,8 +156,10 @@ class Planner:
         if not self.options.may_normalise:
             return False
         if self.settings is None:
-            if not self.curvature.scale or not self.models(parts) or not self._promising(
-                parts, gradient
+            if (
+                not self.curvature.scale
+                or not self.models(parts)
+                or not self._promising(parts, gradient)
             ):
                 return False
             self.settings = Settings(math.nan, math.nan, noise=self.rule.assumed)
@@ -347,7 +349,7 @@ class Planner:
         self, parts: Sequence[Part], gradient: Tensor, previous: list[Tensor] | None
     ) -> Plan | None:
         """A step of Adam in the eigenbases, at the pace of the rule."""
-        if not math.isfinite(float(gradient.sum())):  # it would stay in the moments
+        if not math.isfinite(float(torch.dot(gradient, gradient))):  # it would stay in the moments
             return None
         options = self.options
         decay = FIRST_DECAY if isinstance(options.momentum, str) else float(options.momentum)
@@ -614,7 +616,8 @@ class Planner:
                 try:
                     output = self._output(part, tensors)
                     with self.unwatched():
-                        total += float(part.weight * part.criterion(output, *part.targets))
+                        loss = part.criterion(output, *part.targets)
+                    total += part.sign * float(part.weight * loss)
                 except torch.OutOfMemoryError:
                     raise
                 except (ValueError, RuntimeError, ArithmeticError, AssertionError):

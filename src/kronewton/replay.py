@@ -7,7 +7,7 @@ BatchNorm's running statistics stay as they are, and so do torch's own random st
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -71,7 +71,8 @@ def _bag(
     if input.dim() == 1:
         assert offsets is not None
         starts = offsets[:-1] if include_last_offset else offsets
-        bag = torch.searchsorted(starts, torch.arange(len(input)).to(starts), right=True) - 1
+        places = torch.arange(len(input), device=starts.device).to(starts)
+        bag = torch.searchsorted(starts, places, right=True) - 1
         bags = len(starts)
     else:
         bags, width = input.shape
@@ -134,6 +135,14 @@ class Inner:
         return output
 
 
+def compiled(modules: Iterable[nn.Module]) -> bool:
+    """Whether torch.compile will run any of these."""
+    return any(
+        getattr(m, "_compiled_call_impl", None) is not None or "_orig_mod" in m._modules
+        for m in modules
+    )
+
+
 class Replayer:
     """Reruns one model with other tensors in the place of its trained parameters."""
 
@@ -168,6 +177,8 @@ class Replayer:
             stack.enter_context(_random_state(call.random_state))
             for words in self.unfused:
                 stack.enter_context(UNFUSED[words]())
+            if compiled(self._modules):  # which torch differentiates once, and in no forward mode
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             if call.training is not None and call.training != [m.training for m in self._modules]:
                 stack.enter_context(self._mode(call.training))
             if tensors is not None:
@@ -231,7 +242,7 @@ def _packed(padded: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor,
     """The rows of sequences, the longest first, by time step, and how many there are in each."""
     x = padded.transpose(0, 1) if batch_first else padded
     x = x[: int(lengths[0])]
-    there = lengths > torch.arange(len(x)).unsqueeze(1)  # (T, N)
+    there = lengths > torch.arange(len(x), device=lengths.device).unsqueeze(1)  # (T, N)
     return x[there.to(x.device)], there.sum(1)
 
 

@@ -7,7 +7,7 @@ the first one, as one float64 vector and one byte tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def scalars(numbers: Mapping[str, float | None]) -> Tensor:
     """The numbers in the order of SCALARS, None as NaN: (len(SCALARS),) float64."""
     filled = {"version": VERSION, **numbers}
     row = [math.nan if filled.get(k) is None else float(filled[k] or 0.0) for k in SCALARS]
-    return torch.tensor(row, dtype=torch.float64)
+    return torch.tensor(row, dtype=torch.float64, device="cpu")
 
 
 def read_scalars(row: Any) -> dict[str, float | None]:
@@ -127,13 +127,18 @@ def _pace(numbers: Mapping[str, float | None]) -> Pace:
     )
 
 
-def split(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]]]:
-    """torch's part of a state_dict, and ours by the parameter's number."""
-    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+def require_mapping(state_dict: Any, keys: Iterable[str] = ()) -> None:
+    """Raise StateError unless it is a dictionary with these keys."""
+    if not isinstance(state_dict, Mapping) or not set(keys) <= set(state_dict):
         raise StateError(
             "load_state_dict was given something that is not a state_dict: a dictionary with "
             "'state' and 'param_groups' is needed, as optimizer.state_dict() returns it."
         )
+
+
+def split(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]]]:
+    """torch's part of a state_dict, and ours by the parameter's number."""
+    require_mapping(state_dict, ("state", "param_groups"))
     state = state_dict["state"]
     if not isinstance(state, Mapping) or not all(isinstance(e, Mapping) for e in state.values()):
         raise StateError(
@@ -142,14 +147,37 @@ def split(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, dict
         )
     theirs: dict[Any, dict[str, Any]] = {}
     ours: dict[int, dict[str, Tensor]] = {}
-    for index, entries in state_dict["state"].items():
+    groups, place = _numbered(state_dict["param_groups"])
+    for key, entries in state_dict["state"].items():
+        index = place.get(str(key), key)
         mine = {k.removeprefix(PREFIX): v for k, v in entries.items() if k.startswith(PREFIX)}
         rest = {k: v for k, v in entries.items() if not k.startswith(PREFIX)}
         if mine:
             ours[index] = mine
         if rest:
             theirs[index] = rest
-    return {**state_dict, "state": theirs}, ours
+    return {**state_dict, "state": theirs, "param_groups": groups}, ours
+
+
+def _numbered(groups: Any) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The groups with their parameters' numbers, and the numbers by what is saved.
+
+    torch.distributed.checkpoint saves parameters' names, or numbers as words.
+    """
+    if not isinstance(groups, (list, tuple)) or not all(
+        isinstance(group, Mapping) and isinstance(group.get("params"), (list, tuple))
+        for group in groups
+    ):
+        raise StateError(
+            "load_state_dict was given a dictionary whose 'param_groups' are not tables with a "
+            "list of 'params'. Pass what optimizer.state_dict() returned."
+        )
+    place: dict[str, int] = {}
+    numbered = []
+    for group in groups:
+        own = [place.setdefault(str(key), len(place)) for key in group["params"]]
+        numbered.append({**group, "params": own})
+    return numbered, place
 
 
 def require_same_groups(saved: list[int], own: list[int]) -> None:

@@ -21,6 +21,7 @@ try:
 
     from kronewton.lab import (
         arrivals,
+        behaviours,
         bench,
         contest,
         dial,
@@ -322,6 +323,18 @@ def time_to_target_command(
     _summarise(results, out, json)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+@bench_app.command("behaviours")
+def behaviours_command(json: Json = None) -> None:
+    """Try what a training loop asks of an optimizer: K-FAC beside AdamW, SGD and SOAP."""
+    _check_files(None, json)
+    answers = behaviours.behaviours()
+    display.output().print(behaviours.behaviour_table(answers))
+    for answer in answers:
+        if answer.why:
+            print(f"{answer.optimizer}, {answer.behaviour}: {answer.why}")
+    _write(json, answers)
 
 
 @app.command("demo")

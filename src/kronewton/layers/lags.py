@@ -96,8 +96,8 @@ def _by_offset(plane: Plane) -> Tensor:
 
 def _left_out(plane: Plane, axis: int) -> Tensor:
     """Whether an offset leaves a border line out, (offsets, lines) of 0 and 1."""
-    lines = torch.tensor(plane.border[axis], dtype=torch.long)
-    start = plane.dilation[axis] * torch.arange(plane.kernel[axis]).unsqueeze(1)
+    lines = torch.tensor(plane.border[axis], dtype=torch.long, device="cpu")
+    start = plane.dilation[axis] * torch.arange(plane.kernel[axis], device="cpu").unsqueeze(1)
     visits = plane.x.shape[2 + axis] - plane.reach[axis]
     return ((lines < start) | (lines >= start + visits)).to(plane.x)
 
@@ -105,9 +105,10 @@ def _left_out(plane: Plane, axis: int) -> Tensor:
 def _assembled(L: Tensor, kernel: tuple[int, ...]) -> Tensor:
     """The blocks of all pairs of offsets, (groups, C·kernel, C·kernel)."""
     kh, kw = kernel
-    offsets = torch.tensor(list(product(range(kh), range(kw))))
+    offsets = torch.tensor(list(product(range(kh), range(kw))), device="cpu")
     first, second = (
-        o.flatten() for o in torch.meshgrid(*[torch.arange(kh * kw)] * 2, indexing="ij")
+        o.flatten()
+        for o in torch.meshgrid(*[torch.arange(kh * kw, device="cpu")] * 2, indexing="ij")
     )
     up = offsets[second, 0] < offsets[first, 0]  # a lag that goes up: the opposite, transposed
     i, j = torch.where(up, second, first), torch.where(up, first, second)

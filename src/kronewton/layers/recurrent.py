@@ -177,7 +177,8 @@ class Packed(Frame):
     def __init__(self, packed: PackedSequence) -> None:
         self.data, sizes = packed.data, packed.batch_sizes.cpu()
         self.T, self.N = len(sizes), int(sizes[0])
-        time, place = (torch.arange(self.N) < sizes.unsqueeze(1)).nonzero(as_tuple=True)
+        every = torch.arange(self.N, device="cpu")
+        time, place = (every < sizes.unsqueeze(1)).nonzero(as_tuple=True)
         time, place = time.to(self.data.device), place.to(self.data.device)
         if packed.sorted_indices is not None:
             place = packed.sorted_indices[place]

@@ -1,0 +1,281 @@
+"""Faults on purpose: the weights stay finite, and training is back within forty good steps."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kronewton import KFAC
+from kronewton.errors import CriterionError, KronewtonWarning, NotPositiveDefinite, SkippedError
+
+AFTER = 40  # good steps
+WORSE = 1.5  # times the loss of a run without the fault
+SLOW = pytest.mark.slow
+# All bases are `make slow`'s; what runs always has the one that a user gets, which knows two.
+EVERY = ("factored", "eigen", "corrected", "adam")
+BASES = ["auto", *(pytest.param(basis, marks=SLOW) for basis in EVERY)]
+
+
+def constant(t: Tensor) -> Tensor:
+    return torch.full_like(t, 0.5)
+
+
+def rank_one(t: Tensor) -> Tensor:
+    flat = t.reshape(len(t), -1) if t.dim() > 1 else t.reshape(1, -1)
+    return (flat[:, :1] @ flat[:1]).reshape(t.shape)
+
+
+FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "nan": lambda t: torch.full_like(t, math.nan),
+    "one nan": lambda t: t.clone().index_fill_(0, torch.tensor([0]), math.nan),
+    "inf": lambda t: torch.full_like(t, math.inf),
+    "huge": lambda t: t * 1e25,
+    "denormal": lambda t: t * 1e-41,
+    "zero": torch.zeros_like,
+    "constant": constant,
+    "rank one": rank_one,
+    "empty": lambda t: t[:0],
+}
+
+
+FAULTS_OF_TENSORS = [name for name in FAULTS if name != "empty"]
+
+
+class Task:
+    """Batches of a task with noise, and a fault in one of them or in what is kept between them."""
+
+    def __init__(self, regression: bool, **options) -> None:
+        torch.manual_seed(0)
+        self.x = torch.randn(256, 6)
+        scores = self.x @ torch.randn(6, 3) + 2 * torch.randn(256, 3)
+        self.y = scores if regression else scores.argmax(1)
+        self.model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.LayerNorm(12), nn.Linear(12, 3))
+        self.criterion: nn.Module = nn.MSELoss() if regression else nn.CrossEntropyLoss()
+        self.optimizer = KFAC(self.model, self.criterion, **options)
+        self.regression, self.number = regression, 0
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        at = (torch.arange(64) + 64 * self.number) % 256
+        self.number += 1
+        return self.x[at], self.y[at]
+
+    def step(self, x: Tensor, y: Tensor, fault: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.optimizer.zero_grad()
+        self.criterion(self.model(x), y).backward()
+        for p in self.model.parameters() if fault is not None else ():
+            p.grad = fault(p.grad)
+        self.optimizer.step()
+        assert all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
+
+    def good(self, count: int) -> None:
+        for _ in range(count):
+            self.step(*self.batch())
+
+    def loss(self) -> float:
+        return float(self.criterion(self.model(self.x), self.y).detach())
+
+    def kept(self, what: str) -> Iterator[Tensor]:
+        """The tensors of the running factors or of the inverses."""
+        for layer in self.optimizer._layers:
+            for key, t in self.optimizer._curvature.tensors(layer.name).items():
+                total = key.startswith(("A_total", "B_total", "s_total"))
+                if t.dim() and (total if what == "factor" else key.startswith("inverse_")):
+                    yield t
+
+
+def disturb(task: Task, where: str, fault: Callable[[Tensor], Tensor]) -> None:
+    """One bad step, or a fault in what is kept."""
+    if where in ("factor", "inverse"):
+        for t in task.kept(where):
+            t.copy_(fault(t))
+        return
+    x, y = task.batch()
+    task.number -= 1  # the good steps see the same batches as without it
+    if where == "input":
+        task.step(fault(x), y if len(fault(x)) else y[:0])
+    elif where == "target":
+        task.step(x, fault(y))
+    else:
+        task.step(x, y, fault)
+
+
+PLAIN: dict[tuple, float] = {}
+
+
+def undisturbed(at: int, regression: bool, basis: str) -> float:
+    if (at, regression, basis) not in PLAIN:
+        task = Task(regression, basis=basis)
+        task.good(at + AFTER)
+        PLAIN[at, regression, basis] = task.loss()
+    return PLAIN[at, regression, basis]
+
+
+def recovers(task: Task, at: int, basis: str, where: str, fault: Callable) -> None:
+    task.good(at)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KronewtonWarning)
+        if where == "input" and not len(fault(task.x)):
+            with pytest.raises(CriterionError, match="empty batch"):
+                disturb(task, where, fault)
+        else:
+            disturb(task, where, fault)
+        task.good(AFTER)
+    assert task.loss() <= WORSE * undisturbed(at, task.regression, basis)
+
+
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("at", [0, 20])
+@pytest.mark.parametrize("what", FAULTS)
+@pytest.mark.parametrize("regression", [True, False])
+def test_a_fault_in_the_input(regression, what, at, basis):
+    recovers(Task(regression, basis=basis), at, basis, "input", FAULTS[what])
+
+
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("at", [0, 20])
+@pytest.mark.parametrize("what", FAULTS_OF_TENSORS)
+def test_a_fault_in_the_target(what, at, basis):
+    recovers(Task(True, basis=basis), at, basis, "target", FAULTS[what])
+
+
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("at", [0, 20])
+def test_a_batch_that_is_masked_everywhere(at, basis):
+    def masked(y: Tensor) -> Tensor:
+        return torch.full_like(y, -100)
+
+    recovers(Task(False, basis=basis), at, basis, "target", masked)
+
+
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("at", [0, 20])
+@pytest.mark.parametrize("what", FAULTS_OF_TENSORS)
+def test_a_fault_in_the_gradient(what, at, basis):
+    recovers(Task(False, basis=basis), at, basis, "gradient", FAULTS[what])
+
+
+# A factor that is finite and wrong passes for one; a second step is early to lose all of it.
+SLOW_TO_HEAL = {("zero", "adam"), ("denormal", "adam"), ("huge", "factored")}
+
+
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("at", [1, 20])
+@pytest.mark.parametrize("what", FAULTS_OF_TENSORS)
+@pytest.mark.parametrize("where", ["factor", "inverse"])
+def test_a_fault_in_what_is_kept(where, what, at, basis, request):
+    if where == "factor" and at == 1 and (what, basis) in SLOW_TO_HEAL:
+        reason = "a loss of 1.53 or 1.58 times the undisturbed one after forty steps"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    recovers(Task(False, basis=basis), at, basis, where, FAULTS[what])
+
+
+# What is done about it.
+
+
+def warned(task: Task, count: int, fault: Callable[[Tensor], Tensor]) -> list[str]:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", KronewtonWarning)
+        for _ in range(count):
+            x, y = task.batch()
+            task.step(fault(x), y)
+    return [str(w.message) for w in said if issubclass(w.category, KronewtonWarning)]
+
+
+@pytest.mark.parametrize("basis", ["factored", "adam"])
+@pytest.mark.parametrize("at", [0, 5])
+def test_too_many_skips_in_a_row_end_in_a_sentence(at, basis):
+    task = Task(False, basis=basis, most_skips=3)
+    task.good(at)
+    before = [p.detach().clone() for p in task.model.parameters()]
+    said = warned(task, 3, FAULTS["nan"])
+    assert len(said) == 1
+    x, y = task.batch()
+    with pytest.raises(SkippedError) as caught:
+        task.step(FAULTS["nan"](x), y)
+    for words in ("4 steps in a row", "finite", "as they were", "most_skips", "checkpoint"):
+        assert words in str(caught.value)
+    assert isinstance(caught.value, ArithmeticError)
+    assert all(p.equal(q) for p, q in zip(task.model.parameters(), before, strict=True))
+    assert float(task.optimizer.diagnostics()["skipped"]) == 4
+    task.good(2)  # whoever catches it may go on
+    assert not next(task.model.parameters()).equal(before[0])
+
+
+def test_a_good_step_between_bad_ones_starts_the_count_afresh():
+    task = Task(False, most_skips=2)
+    for _ in range(4):
+        warned(task, 2, FAULTS["nan"])
+        task.good(1)
+    assert float(task.optimizer.diagnostics()["skipped"]) == 8
+
+
+@pytest.mark.parametrize("kind", ["kfac", "fallback"])
+def test_no_skips_allowed_is_an_error_at_once(kind):
+    task = Task(False, most_skips=0)
+    if kind == "fallback":
+        task.optimizer.close()
+        task.optimizer = KFAC(list(task.model.parameters()), most_skips=0)
+    x, y = task.batch()
+    with pytest.warns(KronewtonWarning, match="skipped"), pytest.raises(SkippedError) as caught:
+        task.step(FAULTS["nan"](x), y)
+    assert str(caught.value).startswith("1 steps in a row were skipped")
+
+
+def test_what_is_kept_and_damaged_is_dropped_and_made_anew():
+    task = Task(False, basis="eigen", factor_every=1, inverse_every=1)
+    task.good(5)
+    for t in task.kept("factor"):
+        t.fill_(math.nan)
+    warned(task, 1, lambda x: x)
+    assert float(task.optimizer.diagnostics()["failed_inversions"]) > 0
+    task.good(3)
+    assert all(bool(torch.isfinite(t).all()) for t in task.kept("factor"))
+    before = float(task.optimizer.diagnostics()["failed_inversions"])
+    task.good(3)
+    assert float(task.optimizer.diagnostics()["failed_inversions"]) == before
+
+
+@pytest.mark.parametrize("basis", [*EVERY, "auto"])
+@pytest.mark.parametrize("at", [0, 3])
+def test_torchs_errors_of_linear_algebra_do_not_reach_the_user(at, basis, monkeypatch):
+    def failing(*_: object, **__: object) -> None:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    def without_result(matrix: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+        shape = matrix.shape[:-2]
+        return torch.full_like(matrix, math.nan), torch.ones(shape, dtype=torch.int32)
+
+    task = Task(False, basis=basis, factor_every=1, inverse_every=1)
+    task.good(at)
+    for name in ("eigh", "cholesky", "inv", "solve"):
+        monkeypatch.setattr(torch.linalg, name, failing)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", without_result)
+    if at or basis == "adam":  # the last good inverse is kept, or none is needed
+        task.good(2)
+        assert float(task.optimizer.diagnostics()["failed_inversions"]) > 0
+    else:
+        before = next(task.model.parameters()).detach().clone()
+        with pytest.raises(NotPositiveDefinite, match=r"layer '0'|'0'"):
+            task.good(1)
+        assert next(task.model.parameters()).equal(before)
+    monkeypatch.undo()
+    task.good(2)
+
+
+def test_a_huge_gradient_does_not_stay_in_the_second_moments():
+    for make in (lambda m, c: KFAC(m, c, basis="adam"), lambda m, c: KFAC(list(m.parameters()))):
+        task = Task(False)
+        task.optimizer.close()
+        task.optimizer = make(task.model, task.criterion)
+        x, y = task.batch()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", KronewtonWarning)
+            task.step(x, y, lambda g: g * 1e25)
+        before = next(task.model.parameters()).detach().clone()
+        task.good(2)
+        assert not next(task.model.parameters()).equal(before)
