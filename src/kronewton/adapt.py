@@ -188,19 +188,22 @@ class Pacing:
     their ratio is what noise distorts.
     Below it, from the highest down, the agreement of successive steps decides (Riedmiller & Braun
     1993, of the whole step): where the new gradient still wants the last step, lr grows, where it
-    wants it back, lr falls, to `least` of the ceiling at most. Both would, with noise, stop at once
-    what pays only later, and the lowest of all, Adam's usual learning rate, is there against that
-    short sight (Wu et al. 2018).
+    wants it back, lr falls. Both look one step ahead and would, with noise, stop at once what pays
+    only later (Wu et al. 2018). Against that short sight `patience` is added to the agreement
+    where a step still gains more than two batches differ, and lr keeps to `least` of the ceiling
+    where that is not above `steady`.
     A model knows nothing of what is beyond it: where less comes than it promised, on the same
     batch, steps are shorter, and longer again where it is right.
     """
 
     share: float = 1.6
-    least: float = 0.1
+    least: float = 0.3
+    steady: float = 7e-3
     lowest: float = 1e-3
     highest: float = 0.1
     usual: float = 1e-2
     sensitivity: float = 0.2  # of log lr
+    patience: float = 0.5
     agreement_memory: float = 0.9
     model_memory: float = 0.5
     distrust: float = 1 / 64
@@ -215,7 +218,7 @@ class Pacing:
         running = max(-slope, 0.0) / bend if bend > 0 else math.inf
         return replace(pace, slope=slope, bend=bend, ceiling=self.share * min(now, running))
 
-    def agreed(self, pace: Pace, agreement: float | None) -> Pace:
+    def agreed(self, pace: Pace, agreement: float | None, noise: float = 1.0) -> Pace:
         """One step on. agreement: −⟨gradient, last step⟩ for lr 1; None: there was none."""
         steps = pace.steps + 1
         pace = replace(pace, steps=steps)
@@ -227,9 +230,10 @@ class Pacing:
         square = w * pace.square + (1 - w) * agreement**2
         size = math.sqrt(square / (1 - w ** (steps - 1)))
         relative = min(1.0, max(-1.0, agreement / size)) if size > 0 else 0.0
-        lr = pace.lr * math.exp(self.sensitivity * relative)
-        low = self.least * pace.ceiling if math.isfinite(pace.ceiling) else 0.0
-        lr = min(max(lr, low, self.lowest), self.highest)
+        patience = self.patience * max(0.0, 1.0 - noise)
+        lr = pace.lr * math.exp(self.sensitivity * (relative + patience))
+        low = max(self.lowest, min(self.steady, self.least * pace.ceiling))
+        lr = min(max(lr, low), self.highest)
         return replace(pace, lr=lr, square=square)
 
     def lr(self, pace: Pace) -> float:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kronewton.drift import renewed
+from kronewton.drift import SMALL, renewed
 from kronewton.errors import NotPositiveDefinite
 from kronewton.factors import (
     Factors,
@@ -47,6 +47,7 @@ from kronewton.types import Statistics
 ADAM = "adam"  # the basis of normalised steps
 HOW = ("", TURNED, ENTRIES)  # a layer's matrix can be seen
 ENTRIES_DECAY = 0.95  # of running squares of gradients, at least
+RESTLESS_MEMORY = 20  # sides
 LEAST = 1e-10  # of the scale over the largest that there was
 
 
@@ -88,6 +89,7 @@ class Curvature:
         self.largest = 0.0  # of all scales so far
         self.scale = 0.0  # mean eigenvalue of all blocks together, in units of the loss
         self.dropped = 0  # batches of a layer left out because they were not finite
+        self.restless = 1.0  # running share of the sides whose basis had drifted when it was due
         self.failed = 0  # inversions that failed, the last good one being kept
 
     def terms(self, name: str) -> list[str]:
@@ -276,7 +278,14 @@ class Curvature:
             for f in [self.factors[t]]
         ]
         one = of_both(products[0], products[1]) if len(products) == 2 else products[0]
-        return renewed(one, self._eigen(name), name)
+        old = self._eigen(name)
+        new = renewed(one, old, name)
+        if old is not None:
+            for before, now in ((old.U_A, new.U_A), (old.U_B, new.U_B)):
+                if now.shape[-1] > SMALL and now.numel():
+                    drifted = float(now is not before)
+                    self.restless += (drifted - self.restless) / RESTLESS_MEMORY
+        return new
 
     def _own_sides(self, term: str) -> Sides:
         """How a term's factors are stored, on the sides of the layer's own matrix."""
@@ -291,6 +300,7 @@ class Curvature:
         """Let go of all inverses, and keep them in another form from now on."""
         self.basis = basis
         self.inverses, self.moments = {}, {}
+        self.restless = 1.0
 
     def normalised(self, name: str, G: Tensor, decay: float) -> Tensor:
         """Adam's step for a layer's gradient, in its eigenbasis; in its own entries without one."""

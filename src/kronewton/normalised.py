@@ -7,6 +7,7 @@ apart best along the eigenvectors of the factors (Vyas et al. 2024 with Shampoo'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -31,9 +32,11 @@ class Moments:
         self.steps += 1
         self.m.lerp_(rotated, 1 - decay)
         self.v.mul_(SECOND_DECAY).addcmul_(rotated, rotated, value=1 - SECOND_DECAY)
-        second = self.v / (1 - SECOND_DECAY**self.steps)
-        root = second.sqrt() + LEAST * second.mean().sqrt()
-        return self.m / (1 - decay**self.steps) / root.clamp_min(TINY)
+        root = self.v.sqrt()
+        # Both corrections are one number: m/(1 − β₁ⁿ) over √(v/(1 − β₂ⁿ)).
+        corrected = math.sqrt(1 - SECOND_DECAY**self.steps) / (1 - decay**self.steps)
+        least = (LEAST * self.v.mean().sqrt()).clamp_min(TINY)
+        return (self.m / root.add_(least)).mul_(corrected)
 
     def turn_(self, old: EigenInverse | None, new: EigenInverse) -> None:
         """Carry m into a new basis. v is left: bases change little, and it forgets in 20 steps."""

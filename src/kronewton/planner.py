@@ -57,13 +57,14 @@ RENEWALS = {  # steps between renewals of factors and of inverses, by what is kn
     "refined": (1, 4),  # no noise, and a step that costs several products deserves fresh factors
 }
 ROWS = 256  # of a layer, that are enough of a batch where factors run over many
+CALM, CALM_RENEWALS = 0.5, (8, 10)  # below this share of sides whose basis had drifted, measured
 DECAY, QUIET_DECAY = 0.95, 0.5  # of running factors, where averages make up for noise and not
 TRIAL_EVERY, NOISY_TRIAL_EVERY = 5, 20  # steps between trials of γ, which cost inversions
 ADAPT_EVERY = 5  # steps between decisions on λ, which cost a forward pass
 REFINED_DROP = 0.5  # of λ a step, where the model is all but solved in every one
 LISTEN_EVERY = 20  # steps between measurements of the noise while steps are normalised
 FIRST_STEPS, MODEL_EVERY = 10, 5  # normalised steps that each are modelled and judged, then between
-LATER, LATER_EVERY = 50, 10  # normalised steps from which it is asked more rarely
+LATER, LATER_EVERY = 50, 20  # normalised steps from which it is asked more rarely
 STALLED = 0.02  # of the loss: a Newton step that gains less counts its noise for more
 FAR_WORSE = 0.1  # of the loss's unit: what a normalised step may lose before it is taken back
 PROMISING = 0.01  # the ceiling from which the first steps are normalised
@@ -203,6 +204,8 @@ class Planner:
         """Steps between renewals of the factors and of the inverses."""
         found = self._known()
         automatic = RENEWALS["refined" if found == "none" and self.options.refine else found]
+        if self.normalising and self.curvature.restless < CALM:
+            automatic = CALM_RENEWALS
         given = self.options.factor_every, self.options.inverse_every
         factors, inverses = (
             a if isinstance(g, str) else g for a, g in zip(automatic, given, strict=True)
@@ -369,7 +372,8 @@ class Planner:
         agreement = None
         if previous is not None and self.pace.steps:
             agreement = -float(torch.dot(gradient, flattened(previous))) / self.lr
-        self.pace = self.pacing.agreed(self.pace, agreement)
+        noise = self.rule.assumed if self.settings is None else self.settings.noise
+        self.pace = self.pacing.agreed(self.pace, agreement, noise)
         self.lr = self.pacing.lr(self.pace)
         predicted = math.nan if found is None else found.value([self.factor * self.lr], 0.0)
         return Plan(direction, self.lr, 0.0, predicted=predicted)

@@ -19,7 +19,7 @@ from kronewton.layers import ENTRIES, TURNED, Layer
 from kronewton.planner import Planner
 from kronewton.structure import DENSE, DIAGONAL, side_of
 
-VERSION = 4
+VERSION = 5
 PREFIX = "kfac_"  # in front of every key of ours, beside those of the fallback
 SCALARS = (
     "version",
@@ -48,6 +48,7 @@ SCALARS = (
     "square",
     "paced",
     "trust",
+    "restless",
 )
 
 
@@ -93,6 +94,7 @@ def planner_scalars(planner: Planner) -> dict[str, float | None]:
         "square": planner.pace.square,
         "paced": planner.pace.steps,
         "trust": planner.pace.trust,
+        "restless": planner.curvature.restless,
     }
 
 
@@ -103,6 +105,8 @@ def restore_planner(planner: Planner, numbers: Mapping[str, float | None]) -> No
     planner.lr = numbers["lr"] or 0.0
     planner.pace = _pace(numbers)
     planner.forget_earlier()
+    restless = numbers["restless"]
+    planner.curvature.restless = 1.0 if restless is None else restless
     planner.curvature.largest = numbers["largest"] or 0.0
     planner.curvature.scale, planner.noise = numbers["scale"] or 0.0, numbers["noise_seen"]
     if isinstance(planner.options.damping, str):
