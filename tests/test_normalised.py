@@ -14,7 +14,7 @@ from kronewton.adapt import Fixed, LevenbergMarquardt, Pace, Pacing, Settings
 from kronewton.errors import KronewtonWarning, NotPositiveDefinite, OptionError, StateError
 from kronewton.inverse import eigen_basis
 from kronewton.normalised import FIRST_DECAY, SECOND_DECAY, Moments
-from kronewton.pair import Product, pair_basis
+from kronewton.pair import Product, of_both
 from kronewton.structure import DENSE, DIAGONAL, Sides
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -78,7 +78,9 @@ def test_a_new_basis_leaves_the_mean_gradient_where_it_was():
 def test_the_common_basis_of_a_product_and_itself_is_its_own(sides):
     A, B = second_moment(4, 1), sides.output.of_dense(second_moment(3, 2))
     one = Product(B, A, sides)
-    own, found = eigen_basis(A, B, "layer", sides), pair_basis(one, one, "layer")
+    both = of_both(one, one)
+    own = eigen_basis(A, B, "layer", sides)
+    found = eigen_basis(both.Q, both.P, "layer", sides)
     torch.testing.assert_close(found.s, 2 * own.s)
     torch.testing.assert_close(found.U_A.abs(), own.U_A.abs())
 
@@ -87,7 +89,8 @@ def test_the_common_basis_diagonalises_the_partial_traces():
     first = Product(second_moment(3, 1), second_moment(4, 2), Sides())
     second = Product(second_moment(3, 3), second_moment(4, 4), Sides())
     block = sum(torch.kron(one.P, one.Q) for one in (first, second)).reshape(3, 4, 3, 4)
-    basis = pair_basis(first, second, "layer")
+    both = of_both(first, second)
+    basis = eigen_basis(both.Q, both.P, "layer")
     for trace, U in (
         (torch.einsum("aibi->ab", block), basis.U_B),
         (torch.einsum("aiaj->ij", block), basis.U_A),
@@ -100,23 +103,56 @@ def test_the_common_basis_diagonalises_the_partial_traces():
 
 
 def test_the_quadratic_model_bounds_the_pace_from_above_but_for_a_lowest():
-    for best, lr in ((0.005, 0.008), (10.0, 0.01), (1e-5, 1e-3), (-1.0, 1e-3)):
+    for best, lr in ((0.005, 0.008), (10.0, 0.1), (1e-5, 1e-3), (-1.0, 0.1)):
         pace = PACING.agreed(PACING.modelled(Pace(), -best, 1.0), None)
-        assert PACING.lr(pace) == pytest.approx(lr)
-        assert pace.lr == PACING.first  # it is remembered, for when the model allows it
-    assert PACING.lr(PACING.agreed(Pace(), None)) == pytest.approx(PACING.first)
+        # Uphill it says nothing of how far, once; going on so, the running slope does.
+        assert PACING.lr(pace) == pytest.approx(lr if best > 0 else 1e-3)
+        assert pace.lr == PACING.highest  # it is remembered, for when the model allows it
+    assert PACING.lr(PACING.agreed(Pace(), None)) == pytest.approx(PACING.highest)
+
+
+def test_the_model_of_now_bounds_the_pace_where_it_is_below_the_running_one():
+    pace = PACING.modelled(PACING.modelled(Pace(), -1.0, 1.0), -0.01, 1.0)
+    assert pace.ceiling == pytest.approx(1.6 * 0.01)
+    running = PACING.modelled(pace, -100.0, 1.0)
+    assert running.ceiling < 1.6 * 100
 
 
 def test_agreement_raises_the_pace_and_disagreement_lowers_it():
     up = down = Pace(lr=0.01, steps=1)
-    for _ in range(10):
+    for _ in range(5):
         up, down = PACING.agreed(up, 3.0), PACING.agreed(down, -3.0)
-    assert PACING.lr(up) > 0.015
-    assert PACING.lr(down) < 0.007
+    assert PACING.lr(up) > 0.02
+    assert PACING.lr(down) == PACING.steady
     for _ in range(200):
         up, down = PACING.agreed(up, 3.0), PACING.agreed(down, -3.0)
     assert PACING.lr(up) == pytest.approx(PACING.highest)
-    assert PACING.lr(down) == pytest.approx(PACING.lowest)
+    low = Pace(lr=0.01, steps=1, ceiling=0.01)
+    for _ in range(200):
+        low = PACING.agreed(low, -3.0)
+    assert PACING.lr(low) == pytest.approx(PACING.least * 0.01)
+
+
+def test_patience_is_for_where_a_step_gains_more_than_batches_differ():
+    quiet = loud = Pace(lr=0.01, steps=1)
+    for _ in range(5):
+        quiet, loud = PACING.agreed(quiet, 0.0, 0.0), PACING.agreed(loud, 0.0, 1.5)
+    assert quiet.lr == pytest.approx(0.01 * math.exp(5 * PACING.sensitivity * PACING.patience))
+    assert loud.lr == pytest.approx(0.01)
+
+
+def test_steps_are_shorter_where_the_model_promised_too_much_and_longer_again_where_not():
+    pace = Pace(lr=0.01, steps=9)
+    worse = PACING.judged(pace, actual=-0.1, predicted=-1.0)
+    assert PACING.lr(worse) == pytest.approx(0.005)
+    assert PACING.judged(pace, -0.5, -1.0) == pace
+    better = PACING.judged(worse, -0.9, -1.0)
+    assert PACING.lr(better) == pytest.approx(0.0075)
+    assert PACING.judged(better, -1.1, -1.0).trust == 1
+    for _ in range(20):
+        worse = PACING.judged(worse, 1.0, -1.0)
+    assert worse.trust == PACING.distrust
+    assert PACING.judged(pace, -1.0, math.nan) == pace
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, None])
@@ -126,11 +162,11 @@ def test_a_measurement_that_is_no_number_changes_nothing(bad):
     assert bad is None or PACING.modelled(pace, bad, 1.0) == pace
 
 
-def test_after_a_step_that_was_taken_back_lower_paces_are_allowed():
+def test_after_a_step_that_was_taken_back_paces_are_a_fourth():
     pace = Pace(lr=PACING.lowest, ceiling=0.0, steps=9)
-    for _ in range(3):
+    for _ in range(2):
         pace = PACING.failed(pace)
-    assert PACING.lr(pace) == pytest.approx(PACING.lowest / 64)
+    assert PACING.lr(pace) == pytest.approx(PACING.lowest / 16)
 
 
 # When.
@@ -142,6 +178,7 @@ def test_steps_are_normalised_once_they_gain_less_than_batches_differ_and_until_
     assert [rule.normalises(settings, False) for settings in at] == [False, False, True, True]
     assert [rule.normalises(settings, True) for settings in at] == [False, True, True, True]
     assert rule.heard(at[0], 2.0).noise == pytest.approx(1.025)
+    assert rule.heard(at[3], 0.0).noise == 0  # the very same batch
     assert rule.heard(at[0], None) == at[0]
     assert Fixed().heard(at[0], 2.0) == at[0]
 
@@ -177,9 +214,26 @@ def test_noise_brings_normalised_steps_and_its_end_brings_newtons_back():
         assert float(criterion(model(x), y)) < 1e-3
 
 
-def test_without_noise_no_step_is_normalised():
+def test_without_noise_no_step_is_normalised_once_the_batch_has_come_again():
     _, kinds, _, _ = training(40, lambda step: noisy(0))
-    assert not any(kinds)
+    assert not any(kinds[1:])
+
+
+def test_the_first_steps_are_normalised_where_the_model_lets_them_go_far(monkeypatch):
+    for least, normalised in ((0.0, True), (1e9, False)):
+        monkeypatch.setattr("kronewton.planner.PROMISING", least)
+        optimizer, kinds, _, _ = training(1, noisy)
+        assert kinds == [normalised]
+        assert math.isnan(float(optimizer.diagnostics()["damping"])) == normalised
+
+
+def test_asking_how_far_a_first_step_may_go_leaves_nothing_behind(monkeypatch):
+    monkeypatch.setattr("kronewton.planner.PROMISING", 1e9)
+    _, _, asked, _ = training(3, noisy)
+    monkeypatch.setattr("kronewton.planner.Planner._promising", lambda *_: False)
+    _, _, plain, _ = training(3, noisy)
+    for one, other in zip(asked.parameters(), plain.parameters(), strict=True):
+        assert one.equal(other)
 
 
 def test_batches_of_any_size_and_a_shift_of_the_data_leave_it_finite_and_it_recovers():
@@ -235,7 +289,7 @@ def test_the_quadratic_model_holds_back_a_pace_that_is_too_fast():
     torch.manual_seed(0)
     model, criterion = nn.Linear(6, 3), nn.MSELoss()
     optimizer = kn.KFAC(model, criterion, basis="adam")
-    optimizer._planner.pacing = Pacing(first=50.0, highest=50.0)
+    optimizer._planner.pacing = Pacing(highest=50.0)
     x, y = noisy(0)
     start = criterion(model(x), y)
     start.backward()
@@ -249,21 +303,21 @@ def test_a_normalised_step_that_loses_far_too_much_is_taken_back():
     torch.manual_seed(0)
     model, criterion = nn.Linear(6, 3), nn.MSELoss()
     optimizer = kn.KFAC(model, criterion, basis="adam")
-    optimizer._planner.pacing = Pacing(first=50.0, lowest=50.0, highest=50.0)
+    optimizer._planner.pacing = Pacing(lowest=50.0, highest=50.0)
     before = [p.detach().clone() for p in model.parameters()]
     x, y = noisy(0)
     criterion(model(x), y).backward()
     optimizer.step()
     assert all(p.equal(q) for p, q in zip(model.parameters(), before, strict=True))
     assert float(optimizer.diagnostics()["undone"]) == 1
-    assert optimizer._planner.pace.lr == pytest.approx(12.5)
+    assert optimizer._planner.pace.trust == pytest.approx(0.25)
 
 
 def test_a_basis_that_cannot_be_found_leaves_adam_in_the_entries(monkeypatch):
     def fails(*args):
         raise NotPositiveDefinite("no basis")
 
-    monkeypatch.setattr("kronewton.curvature.eigen_basis", fails)
+    monkeypatch.setattr("kronewton.curvature.renewed", fails)
     optimizer, _, model, _ = training(5, noisy, basis="adam")
     assert float(optimizer.diagnostics()["failed_inversions"]) > 0
     assert float(optimizer.diagnostics()["step"]) == 5
@@ -302,11 +356,16 @@ def test_coverage_says_so():
     assert {row.method for row in optimizer.coverage().rows} == {"K-FAC adam"}
 
 
+@pytest.mark.parametrize("normalised_first", [True, False])
 @pytest.mark.parametrize("cut", [1, 4, 9, 22])
-def test_a_training_that_changes_its_steps_is_resumed_bit_for_bit(cut):
+def test_a_training_that_changes_its_steps_is_resumed_bit_for_bit(
+    cut, normalised_first, monkeypatch
+):
+    if not normalised_first:
+        monkeypatch.setattr("kronewton.planner.PROMISING", 1e9)
     _, kinds, whole, _ = training(30, noisy)
     assert kinds[-1]
-    assert not kinds[0]
+    assert kinds[0] == normalised_first
     first, _, model, criterion = training(cut, noisy)
     state = first.state_dict()
     first.close()

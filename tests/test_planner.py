@@ -10,7 +10,15 @@ from torch import nn
 
 import kronewton as kn
 from kronewton.adapt import Settings
-from kronewton.planner import DECAY, QUIET_DECAY, RAISE, RENEWALS, Plan, Planner
+from kronewton.planner import (
+    CALM_RENEWALS,
+    DECAY,
+    QUIET_DECAY,
+    RAISE,
+    RENEWALS,
+    Plan,
+    Planner,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -59,7 +67,7 @@ def test_the_same_batch_again_is_known_to_be_without_noise_and_another_is_not() 
     x, y = torch.randn(64, 3), torch.randn(64, 2)
     for rows, known in (([slice(0, 64)], "none"), ([slice(0, 8), slice(8, 16)], "noise")):
         model, criterion = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)), nn.MSELoss()
-        optimizer = kn.KFAC(model, criterion)
+        optimizer = kn.KFAC(model, criterion, basis="factored")
         for step in range(4):
             part = rows[step % len(rows)]
             optimizer.zero_grad()
@@ -73,7 +81,7 @@ def test_a_step_that_is_taken_back_raises_one_damping_alone(
 ) -> None:
     torch.manual_seed(0)
     model, criterion = nn.Linear(3, 2), nn.MSELoss()
-    optimizer = kn.KFAC(model, criterion)
+    optimizer = kn.KFAC(model, criterion, basis="factored")
     x, y = torch.randn(16, 3), torch.randn(16, 2)
     planner, real = optimizer._planner, Planner.plan
 
@@ -102,7 +110,7 @@ def test_lambda_is_asked_about_every_fifth_step_and_with_the_dial_every_step(
 ) -> None:
     torch.manual_seed(0)
     model, criterion = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)), nn.MSELoss()
-    optimizer, calls = kn.KFAC(model, criterion, **options), []
+    optimizer, calls = kn.KFAC(model, criterion, basis="factored", **options), []
     rule = type(optimizer._planner.rule)
     real = rule.update
     monkeypatch.setattr(rule, "update", lambda self, *g: calls.append(1) or real(self, *g))
@@ -152,8 +160,10 @@ def test_a_first_batch_that_saturates_does_not_settle_the_damping(factor: float)
 def test_renewals_start_afresh_with_a_new_kind_of_step() -> None:
     planner = with_noise(planner_of(), 2.0, 2.0)
     assert planner.age(37) == 37
-    assert planner.settle()
+    assert planner.settle(37, [], torch.zeros(1))
     assert (planner.normalising, planner.age(37)) == (True, 0)
     assert planner.intervals() == RENEWALS["normalised"]
+    planner.curvature.restless = 0.1
+    assert planner.intervals() == CALM_RENEWALS
     planner.pace = planner.pacing.agreed(planner.pace, None)
     assert planner.age(38) == 1

@@ -553,8 +553,8 @@ class Planner:
         if self.normalising:
             # One step on one batch may well be uphill where it is noise; not by so much.
             fine = change <= max(abs(before), FAR_WORSE * _weight_of(parts))
-            if self.pace.steps <= FIRST_STEPS and not math.isnan(plan.predicted):
-                fine = change <= abs(plan.predicted)
+            if self.pace.steps <= FIRST_STEPS and plan.predicted < 0:
+                fine = change <= -plan.predicted
             if fine:
                 self.outcome = (after, change)
                 self.pace = self.pacing.judged(self.pace, change, plan.predicted)

@@ -1,0 +1,97 @@
+"""Eigenbases that are renewed side by side, where they have drifted."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from kronewton.drift import INDEPENDENT, SMALL, TOLERATED, drift, renewed
+from kronewton.errors import NotPositiveDefinite
+from kronewton.inverse import eigen_basis
+from kronewton.pair import Product
+from kronewton.structure import DENSE, DIAGONAL, Blocks, Sides
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+LARGE = SMALL + 16
+
+
+def correlated(d: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(4 * d, d, generator=generator) @ torch.randn(d, d, generator=generator)
+    return rows.T @ rows / (4 * d)
+
+
+def product(seed: int = 0) -> Product:
+    return Product(correlated(LARGE, seed), correlated(LARGE + 1, seed + 1), Sides())
+
+
+def test_a_first_basis_is_the_eigenbasis():
+    one = product()
+    found, exact = renewed(one, None, "layer"), eigen_basis(one.Q, one.P, "layer")
+    assert found.U_A.equal(exact.U_A)
+    assert found.U_B.equal(exact.U_B)
+    torch.testing.assert_close(found.s, exact.s)
+
+
+def test_drift_is_that_of_all_coordinates_of_a_small_matrix():
+    M, U = correlated(12, 3), torch.linalg.qr(correlated(12, 4)).Q
+    s = (U.T @ M @ U).diagonal()
+    turned = U.T @ M @ U
+    m = s + 1e-4 * s.mean()
+    squares = (turned.square() / m.unsqueeze(1) / m).fill_diagonal_(0)
+    torch.testing.assert_close(drift(DENSE, M, U, s), squares.sum(0).mean())
+
+
+@pytest.mark.parametrize("structure", [DENSE, Blocks(16, LARGE)])
+def test_there_is_no_drift_in_an_eigenbasis(structure):
+    M = structure.of_dense(correlated(LARGE, 1))
+    s, U = structure.eigen(M, "factor")
+    assert float(drift(structure, M, U, s)) < 1e-12
+    assert float(drift(structure, structure.of_dense(correlated(LARGE, 2)), U, s)) > TOLERATED
+
+
+def test_each_side_is_renewed_only_where_it_has_drifted():
+    one, other = product(0), product(7)
+    old = renewed(one, None, "layer")
+    mixed = Product(one.P, other.Q, Sides())  # the rows' side as it was
+    new = renewed(mixed, old, "layer")
+    assert new.U_B is old.U_B
+    assert new.U_A is not old.U_A
+    torch.testing.assert_close(new.U_A, eigen_basis(other.Q, one.P, "layer").U_A)
+    again = renewed(Product(2 * one.P, one.Q, Sides()), old, "layer")  # only scaled
+    assert again.U_A is old.U_A
+    assert again.U_B is old.U_B
+    torch.testing.assert_close(again.s, 2 * old.s)
+
+
+def test_small_sides_are_always_renewed():
+    one = Product(correlated(5, 0), correlated(6, 1), Sides())
+    old = renewed(one, None, "layer")
+    assert renewed(one, old, "layer").U_A is not old.U_A
+
+
+def test_a_side_whose_axes_are_all_but_independent_keeps_them():
+    one = product()
+    d = one.P.shape[-1]
+    P = torch.linspace(1, 5, d).diag()
+    P[0, 1] = P[1, 0] = 0.1
+    found = renewed(Product(P, one.Q, Sides()), None, "layer")
+    assert found.sides == Sides(DENSE, DIAGONAL)
+    assert found.U_B.numel() == 0
+    torch.testing.assert_close(found.s.sum(1) / found.s.sum(1)[0], P.diagonal() / P[0, 0])
+    G = torch.randn(d, d + 1)
+    torch.testing.assert_close(found.rotate_back(found.rotate(G)), G)
+    torch.testing.assert_close(found.rotate(G), G @ found.U_A)
+    assert renewed(Product(correlated(d, 5), one.Q, Sides()), found, "layer").sides == Sides()
+    assert INDEPENDENT <= 1  # of what a coordinate has alone
+
+
+def test_what_is_not_finite_is_refused_by_name():
+    one = product()
+    one.Q[0, 0] = math.nan
+    with pytest.raises(NotPositiveDefinite, match="input factor A of layer 'fc'"):
+        renewed(one, None, "fc")
