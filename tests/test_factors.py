@@ -10,7 +10,14 @@ from torch import Tensor
 
 from kronewton import factors as factors_module
 from kronewton.curvature import Curvature
-from kronewton.factors import Factors, Moment, batch_factors, rotated, with_corrected
+from kronewton.factors import (
+    Factors,
+    Moment,
+    batch_factors,
+    rotated,
+    thinned,
+    with_corrected,
+)
 from kronewton.layers import DenseRows, find_layers
 from kronewton.types import Statistics
 
@@ -133,6 +140,28 @@ def test_parts_of_unequal_size_add_up_to_the_batch():
     second = Statistics(DenseRows(a[2:]), b[:, 2:] * 1.5**0.5, torch.tensor(1 / 4))
     parts = [(first, ONE * 2 / 6), (second, ONE * 4 / 6)]
     assert_same(batch_factors(parts), batch_factors([(stats, ONE)]))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_quarter_of_the_rows_in_turn_is_the_batch_on_average(weighted):
+    N, S = 16, 3
+    weights = torch.rand(N, 1).expand(N, S) / N if weighted else None
+    seen = [(statistics(N, S, weights=weights), ONE)]
+    parts = [batch_factors(thinned(seen, 1, turn)) for turn in range(4)]
+    whole = batch_factors(seen)
+    torch.testing.assert_close(sum(p.B.mean for p in parts) / 4, whole.B.mean)
+    A = sum(p.A.total for p in parts) / sum(p.A.count for p in parts)
+    torch.testing.assert_close(A, whole.A.mean)
+
+
+def test_every_example_has_its_turn_and_a_few_rows_are_never_thinned():
+    stats = statistics(10, 2)
+    of_turns = [thinned([(stats, ONE)], 1, turn)[0][0] for turn in range(6)]
+    first = torch.stack([s.a.dense()[0] for s in of_turns])  # (6, S, d_in)
+    starts = {int((stats.a.dense() - one).abs().sum((1, 2)).argmin()) for one in first}
+    assert starts == {0, 3, 6, 1, 4, 7}
+    assert thinned([(stats, ONE)], 20, 5)[0][0] is stats
+    assert thinned([(stats, ONE)], 12, 0)[0][0].a.counts == (6, 2)
 
 
 def test_a_part_of_weight_c_scales_b_and_leaves_the_mean_of_a():

@@ -182,10 +182,9 @@ class Pace:
 class Pacing:
     """The length of normalised steps, from two measurements.
 
-    The batch's exact quadratic model along the step has its minimum at −slope/bend, and at twice
-    that it is where it began. The ceiling lies between, at a `share` of the minimum: a step that
-    only lowers the loss need not lower it the furthest. Slope and bend are averaged apart, for
-    their ratio is what noise distorts.
+    The batch's exact quadratic model along the step has its minimum at −slope/bend: the ceiling is
+    that, times a `share`. Slope and bend are averaged apart, for their ratio is what noise
+    distorts, and the model of now may only lower it.
     Below it, from the highest down, the agreement of successive steps decides (Riedmiller & Braun
     1993, of the whole step): where the new gradient still wants the last step, lr grows, where it
     wants it back, lr falls. Both look one step ahead and would, with noise, stop at once what pays
@@ -196,7 +195,7 @@ class Pacing:
     batch, steps are shorter, and longer again where it is right.
     """
 
-    share: float = 1.6
+    share: float = 1.0
     least: float = 0.3
     steady: float = 7e-3
     lowest: float = 1e-3

@@ -102,7 +102,9 @@ def _thinned(stats: Statistics, rows: int, turn: int) -> Statistics:
     count = max(math.ceil(N / PART), math.ceil(rows / max(1, S)))
     if count >= N:
         return stats
-    start = turn * count % (N - count + 1)
+    tiles = N // count
+    # What tiles leave over is at the end in one round, and at the beginning in the next.
+    start = turn % tiles * count + turn // tiles % 2 * (N % count)
     stop = start + count
     # B is a sum over examples: the fewer stand for all.
     b = stats.b[..., start:stop, :, :] * math.sqrt(N / count)
