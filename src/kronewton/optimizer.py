@@ -57,7 +57,14 @@ from kronewton.state import (
     split,
 )
 
-NO_CURVATURE = "the batch has shown no finite curvature so far, so that no damping can be chosen"
+LOOK = "Look for NaN or infinity in the batch and in what the model makes of it"
+# Why a step was skipped, and what to do.
+NOT_FINITE = "the loss, a gradient or the curvature was not finite", f"{LOOK}."
+NO_CURVATURE = (
+    "the batch has shown no finite curvature so far, so that no damping can be chosen",
+    f"{LOOK}, and for a loss that is constant, linear or concave in the model's output: HuberLoss "
+    "has the curvature that L1Loss lacks, and fisher='empirical' asks for none.",
+)
 NOT_OF_LAYERS = ("previous", "generator", "scalars", *SAVED)  # in a parameter's part of the state
 PARTIAL = "before its state was saved this training had a loss with terms that were not watched"
 NOWHERE = "(no layer)"
@@ -225,7 +232,7 @@ class KFAC(Optimizer):
         self._plan: Plan | None = None
         self._steps = self._skipped = 0
         self._just_skipped = False
-        self._in_row, self._why_skipped = 0, ""
+        self._in_row, self._skipped_for = 0, NOT_FINITE
         self._sound = 0.0, 0.0  # the curvature's scales before the last batch
         self._lost = False  # of factors, so that new ones are due
         self._scale = 1.0  # of a GradScaler
@@ -274,9 +281,9 @@ class KFAC(Optimizer):
             self._in_row = 0
             raise SkippedError(
                 f"{self.options.most_skips + 1} steps in a row were skipped, the last because "
-                f"{self._why_skipped}. The weights are as they were before. Look for NaN or "
-                "infinity in the data and in what the model makes of it, or go back to an earlier "
-                "checkpoint; most_skips of KFAC is how many in a row are allowed."
+                f"{self._skipped_for[0]}. The weights are as they were before. "
+                f"{self._skipped_for[1]} Or go back to an earlier checkpoint; most_skips of KFAC "
+                "is how many in a row are allowed."
             )
 
     @property
@@ -602,16 +609,16 @@ class KFAC(Optimizer):
         if self._previous is not None and not _finite(self._previous):
             self._previous = None
 
-    def _skip(self, why: str = "the loss, a gradient or the curvature was not finite") -> None:
+    def _skip(self, reason: tuple[str, str] = NOT_FINITE) -> None:
         self._skipped += 1
         self._in_row += 1
         self._just_skipped = True
         self._drop_damaged()
-        self._why_skipped = why
+        self._skipped_for = reason
+        why, advice = reason
         self._warn(
-            f"a step was skipped: {why}. The weights are as they were. Look for NaN or infinity "
-            "in the batch and in what the model makes of it; diagnostics()['skipped'] counts such "
-            "steps."
+            f"a step was skipped: {why}. The weights are as they were. {advice} "
+            "diagnostics()['skipped'] counts such steps."
         )
 
     def _step_fallback(self, fallback: torch.optim.AdamW) -> bool:
