@@ -71,6 +71,24 @@ def test_a_new_basis_leaves_the_mean_gradient_where_it_was():
     torch.testing.assert_close(new.rotate_back(moments.m), 0.2 * G)
 
 
+@pytest.mark.parametrize("cast", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_model_may_be_cast_in_mid_training(cast):
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(80, 3).float(), nn.MSELoss()
+    optimizer = kn.KFAC(model, criterion, basis="adam")
+    x, y = drawn(32, 80), drawn(32, 3, seed=1)
+    for step in range(30):
+        if step == 12:
+            model.to(cast)
+        dtype = model.weight.dtype
+        optimizer.zero_grad()
+        criterion(model(x.to(dtype)), y.to(dtype)).backward()
+        optimizer.step()
+    assert model.weight.dtype == cast
+    assert float(optimizer.diagnostics()["skipped"]) == 0
+    assert float(criterion(model(x.to(cast)), y.to(cast)).detach()) < 0.5
+
+
 # One basis for two products.
 
 

@@ -15,7 +15,8 @@ from kronewton.options import Options, check_criterion
 
 MODEL = nn.Linear(2, 2)
 
-NUMBERS = ("lr", "momentum", "damping", "weight_decay", "factor_decay", "fallback_lr")
+DECAYS = ("factor_decay", "averaging")
+NUMBERS = ("lr", "momentum", "damping", "weight_decay", "fallback_lr", *DECAYS)
 AUTOMATIC = ("lr", "momentum", "damping", "trust_region")
 COUNTS = ("factor_every", "inverse_every", "adapt_every", "draws")
 
@@ -45,14 +46,15 @@ def test_none_is_for_the_trust_region_only(name):
     assert refused(name, None).endswith("not None.")
 
 
-@pytest.mark.parametrize("name", ["weight_decay", "fallback_lr"])
+@pytest.mark.parametrize("name", ["weight_decay", "fallback_lr", "averaging"])
 def test_auto_is_not_for_every_number(name):
     assert refused(name, "auto").endswith("not 'auto'.")
 
 
+@pytest.mark.parametrize("name", DECAYS)
 @pytest.mark.parametrize("value", [1, 1.0, 2.0])
-def test_factor_decay_is_below_one(value):
-    assert refused("factor_decay", value) == f"factor_decay must lie in [0, 1), not {value!r}."
+def test_decays_are_below_one(name, value):
+    assert refused(name, value) == f"{name} must lie in [0, 1), not {value!r}."
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -94,7 +96,7 @@ def test_counts_that_may_be_zero_are_whole_numbers():
 @pytest.mark.parametrize("value", [0, 0.0, 1e-12, 3])
 @pytest.mark.parametrize("name", NUMBERS)
 def test_allowed_numbers_pass(name, value):
-    if name == "factor_decay" and value >= 1:
+    if name in DECAYS and value >= 1:
         value = 0.5
     KFAC(MODEL, nn.MSELoss(), **{name: value}).close()
 

@@ -27,7 +27,7 @@ def renewed(product: Product, old: EigenInverse | None, name: str) -> EigenInver
     Raises NotPositiveDefinite, naming the layer, if a factor is not finite.
     """
     of_input = of_output = None
-    if old is not None:
+    if old is not None and old.s.dtype == product.Q.dtype:  # or the model has been cast since
         of_input = (old.sides.input, old.U_A, old.s.sum(-2))
         of_output = (old.sides.output, old.U_B, old.s.sum(-1))
     on_input, s_A, U_A = _side(

@@ -43,11 +43,13 @@ class Moments:
         if old is None:
             self.m = new.rotate(self.m)
             return
+        dtype = new.s.dtype  # the model may have been cast since
+        self.m, self.v = self.m.to(dtype), self.v.to(dtype)
         if new.U_A is not old.U_A:
-            own = old.sides.input.rotate_rows_back(self.m, old.U_A)
+            own = old.sides.input.rotate_rows_back(self.m, old.U_A.to(dtype))
             self.m = new.sides.input.rotate_rows(own, new.U_A)
         if new.U_B is not old.U_B:
-            own = old.sides.output.rotate_back(old.U_B, self.m)
+            own = old.sides.output.rotate_back(old.U_B.to(dtype), self.m)
             self.m = new.sides.output.rotate(new.U_B, own)
 
     def tensors(self) -> dict[str, Tensor]:

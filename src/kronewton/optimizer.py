@@ -6,6 +6,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kronewton.averaging import SAVED, Averages
 from kronewton.capture import Watcher
 from kronewton.coverage import Coverage, Row, covered, shape_of
 from kronewton.curvature import ADAM, Curvature, by_layer, due, due_in_turn, layer_of
@@ -55,8 +57,15 @@ from kronewton.state import (
     split,
 )
 
-NO_CURVATURE = "the batch has shown no finite curvature so far, so that no damping can be chosen"
-NOT_OF_LAYERS = ("previous", "generator", "scalars")  # in a parameter's part of the state
+LOOK = "Look for NaN or infinity in the batch and in what the model makes of it"
+# Why a step was skipped, and what to do.
+NOT_FINITE = "the loss, a gradient or the curvature was not finite", f"{LOOK}."
+NO_CURVATURE = (
+    "the batch has shown no finite curvature so far, so that no damping can be chosen",
+    f"{LOOK}, and for a loss that is constant, linear or concave in the model's output: HuberLoss "
+    "has the curvature that L1Loss lacks, and fisher='empirical' asks for none.",
+)
+NOT_OF_LAYERS = ("previous", "generator", "scalars", *SAVED)  # in a parameter's part of the state
 PARTIAL = "before its state was saved this training had a loss with terms that were not watched"
 NOWHERE = "(no layer)"
 DECAY_UNIT = 1e-3  # weight decay of an automatic step: AdamW's at its usual learning rate
@@ -103,6 +112,7 @@ class KFAC(Optimizer):
     strict: refuse a model that needs the fallback.
     most_skips: steps in a row that may be skipped before SkippedError is raised; 0: none.
     maximize: steps uphill; loss and gradient change their sign, the curvature keeps it.
+    averaging: decay of a running average of the weights, for `averaged()`; 0: none is kept.
 
     Raises OptionError, ModelError, CriterionError, UnsupportedError; see kronewton.errors.
     """
@@ -135,12 +145,13 @@ class KFAC(Optimizer):
         seed: int = 0,
         maximize: bool = False,
         most_skips: int = 50,
+        averaging: float = 0.0,
     ) -> None:
         self.options = Options(
             plain(lr), momentum, damping, weight_decay, trust_region, fisher, sharing, basis,
             refine, refine_tolerance, curvature_batches, factor_every, inverse_every, adapt_every,
             factor_decay, largest_side, draws, fallback_lr, strict, seed,
-            maximize, most_skips,
+            maximize, most_skips, averaging,
         )  # fmt: skip
         criteria = check_criteria(criterion, fisher)
         if isinstance(params, nn.Module):
@@ -216,11 +227,12 @@ class KFAC(Optimizer):
             )
         rest = [p for p in all_parameters if id(p) not in self._place]
         self._fallback = self._make_fallback(rest)
+        self._averages = Averages(options.averaging)
         self._previous: list[Tensor] | None = None
         self._plan: Plan | None = None
         self._steps = self._skipped = 0
         self._just_skipped = False
-        self._in_row, self._why_skipped = 0, ""
+        self._in_row, self._skipped_for = 0, NOT_FINITE
         self._sound = 0.0, 0.0  # the curvature's scales before the last batch
         self._lost = False  # of factors, so that new ones are due
         self._scale = 1.0  # of a GradScaler
@@ -239,7 +251,8 @@ class KFAC(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Make one step from the gradients and what was watched since the last one."""
-        loss = None
+        self._averages.require_outside("step()")
+        loss, made = None, None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -250,10 +263,13 @@ class KFAC(Optimizer):
         self._just_skipped, self._unmade = False, None
         if self._watcher is not None and self._moves(self._watcher):
             assert self._planner is not None
-            self._step_covered(self._watcher, self._planner)
+            made = self._step_covered(self._watcher, self._planner)
         self._scale = 1.0
         if self._fallback is not None:
-            self._step_fallback(self._fallback)
+            alone = self._step_fallback(self._fallback)
+            made = alone if made is None else made
+        if made:
+            self._averages.learn(self._all)
         self._stop_if_stuck()
         return loss
 
@@ -265,9 +281,9 @@ class KFAC(Optimizer):
             self._in_row = 0
             raise SkippedError(
                 f"{self.options.most_skips + 1} steps in a row were skipped, the last because "
-                f"{self._why_skipped}. The weights are as they were before. Look for NaN or "
-                "infinity in the data and in what the model makes of it, or go back to an earlier "
-                "checkpoint; most_skips of KFAC is how many in a row are allowed."
+                f"{self._skipped_for[0]}. The weights are as they were before. "
+                f"{self._skipped_for[1]} Or go back to an earlier checkpoint; most_skips of KFAC "
+                "is how many in a row are allowed."
             )
 
     @property
@@ -296,7 +312,8 @@ class KFAC(Optimizer):
             return bool(grads)
         return any(bool(g.any()) for g in grads)
 
-    def _step_covered(self, watcher: Watcher, planner: Planner) -> None:
+    def _step_covered(self, watcher: Watcher, planner: Planner) -> bool:
+        """Whether a step was made, and not taken back."""
         parts = self._required(watcher)
         self._require_curved(parts)
         planner.partial = bool(watcher.partial)
@@ -330,7 +347,7 @@ class KFAC(Optimizer):
         names = names or due_in_turn(
             planner.age(self._steps), inverse_every, list(self._curvature.layers)
         )
-        plan = None
+        plan, made = None, False
         if not planner.searching:
             damping = 0.0 if planner.settings is None else planner.settings.inverse_damping
             failed = self._curvature.failed
@@ -348,13 +365,15 @@ class KFAC(Optimizer):
             judged = planner.judges(self._steps, parts, plan)
             kept = [p.clone() for p in self._parameters] if judged else []
             self._move(plan)
-            if judged and not planner.judge(self._steps, parts, plan):
+            made = not judged or planner.judge(self._steps, parts, plan)
+            if not made:
                 self._take_back(kept)
         planner.remember(parts)
         self._curvature.forget_batch()
         self._steps += 1
         watcher.capturing = due(planner.age(self._steps), factor_every) or self._lost
         self._lost = False
+        return made
 
     def _required(self, watcher: Watcher) -> list[Part]:
         """The parts of this step, or a sentence that says why there is none."""
@@ -590,19 +609,20 @@ class KFAC(Optimizer):
         if self._previous is not None and not _finite(self._previous):
             self._previous = None
 
-    def _skip(self, why: str = "the loss, a gradient or the curvature was not finite") -> None:
+    def _skip(self, reason: tuple[str, str] = NOT_FINITE) -> None:
         self._skipped += 1
         self._in_row += 1
         self._just_skipped = True
         self._drop_damaged()
-        self._why_skipped = why
+        self._skipped_for = reason
+        why, advice = reason
         self._warn(
-            f"a step was skipped: {why}. The weights are as they were. Look for NaN or infinity "
-            "in the batch and in what the model makes of it; diagnostics()['skipped'] counts such "
-            "steps."
+            f"a step was skipped: {why}. The weights are as they were. {advice} "
+            "diagnostics()['skipped'] counts such steps."
         )
 
-    def _step_fallback(self, fallback: torch.optim.AdamW) -> None:
+    def _step_fallback(self, fallback: torch.optim.AdamW) -> bool:
+        """Whether a step was made."""
         first = 1.0 if isinstance(self.options.lr, str) else self.options.lr or 1.0
         own = {id(p): g for g in self.param_groups for p in g["params"]}
         for group in fallback.param_groups:
@@ -615,8 +635,10 @@ class KFAC(Optimizer):
         # Squared: what overflows there would stay in AdamW's second moment.
         if grads and bool(torch.isfinite(torch.stack([(g * g.conj()).sum() for g in grads]).sum())):
             fallback.step()
-        elif grads and not self._just_skipped:
+            return True
+        if grads and not self._just_skipped:
             self._skip()
+        return False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Throw the gradients away, and with them the statistics that came with them."""
@@ -655,6 +677,17 @@ class KFAC(Optimizer):
         if self._watcher is not None:
             targets = target if isinstance(target, tuple) else (target,)
             self._watcher.observe(criterion, output, targets)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """With this around an evaluation the model has the average of its weights over the steps.
+
+        Afterwards it has those of the training again, bit for bit, whatever happens inside. A step
+        that is skipped or taken back adds nothing; before the first one the weights are as they
+        are. BatchNorm's running statistics are not averaged:
+        `torch.optim.swa_utils.update_bn(loader, model)` inside makes those of the averaged weights,
+        and they stay. Raises OptionError without `averaging`, ModelError inside itself.
+        """
+        return self._averages.in_place(self._all)
 
     def coverage(self) -> Coverage:
         """Which parameter is covered how: one row for each."""
@@ -740,6 +773,8 @@ class KFAC(Optimizer):
             entries[place[id(_first(layer))]].update({_key(layer) + k: t for k, t in kept.items()})
         for p, step in zip(self._parameters, self._previous or [], strict=False):
             entries[place[id(p)]]["previous"] = step
+        for p in self._all:
+            entries[place[id(p)]].update(self._averages.tensors(p))
         entries[0]["generator"] = self._generator.get_state()
         entries[0]["scalars"] = scalars(self._scalars())
         return {i: found for i, found in entries.items() if found}
@@ -767,6 +802,7 @@ class KFAC(Optimizer):
 
         Factors keep the precision that they were saved with, whatever the parameters' is.
         """
+        self._averages.require_outside("load_state_dict()")
         require_mapping(state_dict)
         given: list[Any] = []
 
@@ -829,6 +865,7 @@ class KFAC(Optimizer):
             t.to(p).clone() for t, p in zip(steps, self._parameters, strict=True) if t is not None
         ]
         self._previous = found if len(found) == len(steps) and found else None
+        self._averages.load([(p, ours.get(place[id(p)], {})) for p in self._all])
         self._generator.set_state(ours[0]["generator"].cpu())
         self._load_scalars(numbers)
 
@@ -842,6 +879,7 @@ class KFAC(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the copy has a model of its own and watches that one."""
+        self._averages.require_outside("a copy")
         watcher, planner = self._watcher, self._planner
         return {
             "groups": self.param_groups,

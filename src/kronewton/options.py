@@ -45,6 +45,7 @@ class Options:
     seed: int
     maximize: bool
     most_skips: int
+    averaging: float
 
     def __post_init__(self) -> None:
         _number("lr", self.lr, 0.0, auto=True)
@@ -68,8 +69,11 @@ class Options:
         _number("refine_tolerance", self.refine_tolerance, 0.0)
         _count("curvature_batches", self.curvature_batches, 1)
         _number("factor_decay", self.factor_decay, 0.0, auto=True)
-        if not isinstance(self.factor_decay, str) and self.factor_decay >= 1:
-            raise OptionError(f"factor_decay must lie in [0, 1), not {self.factor_decay!r}.")
+        _number("averaging", self.averaging, 0.0)
+        for name in ("factor_decay", "averaging"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and value >= 1:
+                raise OptionError(f"{name} must lie in [0, 1), not {value!r}.")
         _number("fallback_lr", self.fallback_lr, 0.0)
         _count("most_skips", self.most_skips, 0)
         if not isinstance(self.maximize, bool):

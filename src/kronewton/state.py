@@ -201,9 +201,10 @@ def require_same_shapes(
     for key, value in theirs.items():
         if isinstance(value, Tensor) and value.dim() and value.shape != p.shape:
             raise _of_another_model(f"{key!r}", value, f"parameter '{name}'", p.shape)
-    previous = ours.get("previous")
-    if previous is not None and previous.shape != p.shape:
-        raise _of_another_model("a step", previous, f"parameter '{name}'", p.shape)
+    for key, what in (("previous", "a step"), ("average", "an average")):
+        found = ours.get(key)
+        if found is not None and found.shape != p.shape:
+            raise _of_another_model(what, found, f"parameter '{name}'", p.shape)
 
 
 def require_same_layer(layer: Layer, kept: Mapping[str, Tensor], largest: int) -> None:
