@@ -121,7 +121,7 @@ def test_the_common_basis_diagonalises_the_partial_traces():
 
 
 def test_the_quadratic_model_bounds_the_pace_from_above_but_for_a_lowest():
-    for best, lr in ((0.005, 0.008), (10.0, 0.1), (1e-5, 1e-3), (-1.0, 0.1)):
+    for best, lr in ((0.005, 0.005), (10.0, 0.1), (1e-5, 1e-3), (-1.0, 0.1)):
         pace = PACING.agreed(PACING.modelled(Pace(), -best, 1.0), None)
         # Uphill it says nothing of how far, once; going on so, the running slope does.
         assert PACING.lr(pace) == pytest.approx(lr if best > 0 else 1e-3)
@@ -131,9 +131,9 @@ def test_the_quadratic_model_bounds_the_pace_from_above_but_for_a_lowest():
 
 def test_the_model_of_now_bounds_the_pace_where_it_is_below_the_running_one():
     pace = PACING.modelled(PACING.modelled(Pace(), -1.0, 1.0), -0.01, 1.0)
-    assert pace.ceiling == pytest.approx(1.6 * 0.01)
+    assert pace.ceiling == pytest.approx(PACING.share * 0.01)
     running = PACING.modelled(pace, -100.0, 1.0)
-    assert running.ceiling < 1.6 * 100
+    assert running.ceiling < PACING.share * 100
 
 
 def test_agreement_raises_the_pace_and_disagreement_lowers_it():

@@ -697,7 +697,7 @@ def test_coverage_has_one_row_for_each_parameter_and_says_why():
 
 def test_coverage_counts_the_memory_that_is_kept():
     model, criterion = net(3, 5), nn.CrossEntropyLoss()
-    optimizer = KFAC(model, criterion)
+    optimizer = KFAC(model, criterion, basis="factored")
     assert optimizer.coverage().rows[0].memory == 0
     whole(model, criterion, *batches(1)[0])
     optimizer.step()
@@ -725,7 +725,7 @@ def test_strict_refuses_the_fallback_and_names_the_parameters():
 
 def test_diagnostics_are_scalars():
     model, criterion = net(3, 5, 4), nn.CrossEntropyLoss()
-    optimizer = KFAC(model, criterion)
+    optimizer = KFAC(model, criterion, basis="factored")
     fresh = optimizer.diagnostics()
     whole(model, criterion, *batches(1)[0])
     optimizer.step()
@@ -786,7 +786,7 @@ def test_training_goes_on_after_a_bad_batch_in_every_basis(basis, at):
 
 def test_a_bad_first_batch_does_not_settle_the_damping():
     model, criterion, ((x, y),) = net(3, 5, 4), nn.CrossEntropyLoss(), batches(1)
-    optimizer = KFAC(model, criterion, fisher="exact")
+    optimizer = KFAC(model, criterion, fisher="exact", basis="factored")
     whole(model, criterion, x * math.nan, y)
     with pytest.warns(KronewtonWarning, match="skipped"):
         optimizer.step()
@@ -930,7 +930,8 @@ class Hidden(Uncalled):
 
 def test_a_layer_that_is_not_called_has_the_rows_of_the_function_that_uses_it():
     model, criterion, ((x, y),) = Uncalled(), nn.CrossEntropyLoss(), batches(1)
-    optimizer, before = KFAC(model, criterion, fisher="exact"), model.uncalled.weight.clone()
+    optimizer = KFAC(model, criterion, fisher="exact", basis="factored")
+    before = model.uncalled.weight.clone()
     whole(model, criterion, x, y)
     optimizer.step()
     assert not model.uncalled.weight.equal(before)

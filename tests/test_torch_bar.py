@@ -176,7 +176,7 @@ def test_maximize_climbs_what_minus_descends(kind, options):
 
 
 @pytest.mark.parametrize("options", [{}, {"lr": 0.5, "momentum": 0.2, "damping": 0.1},
-                                     {"basis": "adam"}])  # fmt: skip
+                                     {"basis": "adam", "lr": 0.01}])  # fmt: skip
 def test_a_maximised_loss_is_the_descent_of_the_other_gradient(options):
     # K-FAC keeps the curvature and turns loss and gradient: with a gradient that the user turned
     # beforehand, `maximize` is plain descent on the loss, but for what is judged by the loss.

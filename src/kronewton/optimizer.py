@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
+from types import FrameType
 from typing import Any
 
 import torch
@@ -908,7 +910,7 @@ class KFAC(Optimizer):
     def _warn(self, sentence: str) -> None:
         if sentence not in self._said:
             self._said.add(sentence)
-            warnings.warn(sentence, KronewtonWarning, stacklevel=4)
+            warnings.warn(sentence, KronewtonWarning, stacklevel=_users_level())
 
 
 def _add_packed(optimizer: Any, packed: dict[str, Any]) -> None:
@@ -923,6 +925,19 @@ def _gradient(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         return torch.zeros_like(parameter)
     return parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+
+
+def _users_level() -> int:
+    """How far up the stack, from who asks, the user's own line is: a warning points there."""
+    level, frame = 1, inspect.currentframe()
+    frame = None if frame is None else frame.f_back
+    while frame is not None and _inner(frame):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _inner(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").split(".")[0] in ("kronewton", "torch")
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:

@@ -342,7 +342,9 @@ class Planner:
             found, refined = self._refined_direction(model, gradient, found)
         x = self._minimised(found.subspace, self.settings.damping)
         shortened = self._shortening(found.subspace.bend(x), parts)
-        if isinstance(self.options.trust_region, str):  # nor may it promise more than there is to gain
+        if isinstance(
+            self.options.trust_region, str
+        ):  # nor may it promise more than there is to gain
             promise = abs(found.subspace.value([shortened * v for v in x], self.settings.damping))
             bound = max(abs(loss_of(parts)), _weight_of(parts))
             shortened *= min(1.0, bound / max(promise, 1e-300))
