@@ -443,10 +443,25 @@ def test_generic_draws_average_to_the_projected_hessian() -> None:
 
 
 def test_a_criterion_linear_in_the_output_says_that_it_has_no_curvature() -> None:
-    for criterion in (nn.L1Loss(), nn.KLDivLoss(reduction="sum")):
-        c = curvature(criterion, normal(4, 3), uniform(4, 3))
-        assert "no curvature" in c.note
-        assert c.product(normal(4, 3)).abs().max() == 0
+    c = curvature(nn.KLDivLoss(reduction="sum"), normal(4, 3), uniform(4, 3))
+    assert "no curvature" in c.note
+    assert c.product(normal(4, 3)).abs().max() == 0
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_an_absolute_error_has_the_fisher_of_laplaces_distribution(reduction: str) -> None:
+    x, y = normal(4, 3), uniform(4, 3)
+    c = curvature(nn.L1Loss(reduction=reduction), x, y)
+    scale = 1 / 12 if reduction == "mean" else 1.0
+    assert "no curvature of its own" in c.note
+    assert not c.curved
+    torch.testing.assert_close(c.product(torch.ones_like(x)), torch.full_like(x, scale))
+    draws = torch.stack([c.draw(generator(k)).flatten() for k in range(2000)])
+    torch.testing.assert_close(
+        draws.T @ draws / 2000, scale * torch.eye(12, dtype=draws.dtype), rtol=0, atol=0.15 * scale
+    )
+    columns = torch.stack(list(c.columns())).sum(0)
+    torch.testing.assert_close(columns, torch.full_like(x, math.sqrt(scale)))
 
 
 def test_generic_weights_are_uniform_and_cost_no_hessian() -> None:

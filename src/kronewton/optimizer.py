@@ -64,8 +64,8 @@ LOOK = "Look for NaN or infinity in the batch and in what the model makes of it"
 NOT_FINITE = "the loss, a gradient or the curvature was not finite", f"{LOOK}."
 NO_CURVATURE = (
     "the batch has shown no finite curvature so far, so that no damping can be chosen",
-    f"{LOOK}, and for a loss that is constant, linear or concave in the model's output: HuberLoss "
-    "has the curvature that L1Loss lacks, and fisher='empirical' asks for none.",
+    f"{LOOK}, and for a loss that is constant, linear or concave in the model's output: "
+    "fisher='empirical' asks for no curvature of the loss.",
 )
 NOT_OF_LAYERS = ("previous", "generator", "scalars", *SAVED)  # in a parameter's part of the state
 PARTIAL = "before its state was saved this training had a loss with terms that were not watched"

@@ -97,7 +97,7 @@ KINDS: dict[Any, Kind] = {
     nn.PoissonNLLLoss.forward: Kind(criteria.poisson, checks.counts, checks.signs),
     nn.GaussianNLLLoss.forward: Kind(criteria.gaussian_likelihood, checks.gaussian),
     nn.BCELoss.forward: Kind(check=checks.elements),
-    nn.L1Loss.forward: Kind(check=checks.elements),
+    nn.L1Loss.forward: Kind(criteria.absolute_error, checks.elements),
     nn.SmoothL1Loss.forward: Kind(check=checks.elements),
     nn.HuberLoss.forward: Kind(check=checks.elements),
 }

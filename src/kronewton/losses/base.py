@@ -34,7 +34,7 @@ class OutputCurvature(ABC):
 
     @property
     def curved(self) -> bool:
-        """Whether Λ is anything but zero."""
+        """Whether the loss has a Hessian that is not zero, for Newton's step to go by."""
         return True
 
     @property
@@ -94,6 +94,15 @@ class Diagonal(OutputCurvature):
 
     def product(self, v: Tensor) -> Tensor:
         return at_least_float32(v) * self.diagonal
+
+
+@dataclass(frozen=True)
+class Likened(Diagonal):
+    """The Fisher of a distribution whose likelihood the loss is, where its own Hessian is zero."""
+
+    @property
+    def curved(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from kronewton.losses.base import (
     Categorical,
     Diagonal,
+    Likened,
     OutputCurvature,
     class_dimension,
     draw_classes,
@@ -26,6 +27,27 @@ def squared_error(criterion: Any, x: Tensor, targets: Any, lead: int) -> OutputC
         lambda: scale,
         lambda generator: _gaussian(x, math.sqrt(scale), generator),
         lambda: element_weights(criterion, x, lead, None),
+    )
+
+
+def absolute_error(criterion: Any, x: Tensor, targets: Any, lead: int) -> OutputCurvature:
+    """L1Loss, whose Hessian is zero: the Fisher of a Laplace distribution, which is 1 at scale 1.
+
+    The draws are its scores, a sign each.
+    """
+    scale = 1.0 / x.numel() if is_mean(criterion) else 1.0
+
+    def sample(generator: Generator) -> Tensor:
+        sides = torch.randint(0, 2, x.shape, generator=generator, device=x.device)
+        return (2 * sides - 1).to(x.dtype) * math.sqrt(scale)
+
+    return Likened(
+        x,
+        lead,
+        lambda: scale,
+        sample,
+        lambda: element_weights(criterion, x, lead, None),
+        "L1Loss has no curvature of its own; the Fisher of a Laplace distribution is used.",
     )
 
 
