@@ -196,8 +196,8 @@ class Pacing:
     """
 
     share: float = 1.0
-    least: float = 0.3
-    steady: float = 7e-3
+    least: float = 0.6
+    steady: float = 1e-2
     lowest: float = 1e-3
     highest: float = 0.1
     usual: float = 1e-2

@@ -67,7 +67,7 @@ FIRST_STEPS, MODEL_EVERY = 10, 5  # normalised steps that each are modelled and 
 LATER, LATER_EVERY = 50, 20  # normalised steps from which it is asked more rarely
 STALLED = 0.02  # of the loss: a Newton step that gains less counts its noise for more
 FAR_WORSE = 0.1  # of the loss's unit: what a normalised step may lose before it is taken back
-PROMISING = 0.01  # the ceiling from which the first steps are normalised
+PROMISING = 0.006  # the ceiling from which the first steps are normalised
 RAISE = 10  # λ after a step that is taken back
 
 
