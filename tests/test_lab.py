@@ -458,7 +458,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, rival: str) -> None:
     checkpoint.save(tmp_path, first, last)
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
     found = checkpoint.load_(tmp_path, second)
-    assert found == last
+    assert repr(found) == repr(last)  # a number that is not known yet is NaN, and none is equal
     list(train(second, Budget(27), found))
     assert torch.equal(weights(whole), weights(second))
 

@@ -76,6 +76,21 @@ def test_the_same_batch_again_is_known_to_be_without_noise_and_another_is_not() 
         assert optimizer._planner._known() == known
 
 
+def test_the_same_examples_in_another_order_are_the_same_batch() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 3).float(), torch.randn(64, 2).float()
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).float()
+    criterion = nn.MSELoss()
+    optimizer = kn.KFAC(model, criterion)
+    for _ in range(6):
+        order = torch.randperm(64)
+        optimizer.zero_grad()
+        criterion(model(x[order]), y[order]).backward()
+        optimizer.step()
+    assert float(optimizer.diagnostics()["noise"]) == 0
+    assert not bool(optimizer.diagnostics()["normalised"])
+
+
 def test_a_step_that_is_taken_back_raises_one_damping_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -256,7 +256,10 @@ class Planner:
         """How far apart two batches are at one point, over what the last step gained."""
         if self.outcome is not None and self.models(parts):
             after, change = self.outcome
-            self.noise = abs(loss_of(parts) - after) / max(abs(change), 1e-30)
+            difference = abs(loss_of(parts) - after)
+            if difference <= _same(parts) * abs(after):  # the same batch again, in any order
+                difference = 0.0
+            self.noise = difference / max(abs(change), 1e-30)
             if not self.normalising:
                 # Where Newton's steps gain little they are not worth their price.
                 self.noise *= max(1.0, STALLED * abs(after) / max(abs(change), 1e-30))
@@ -662,6 +665,13 @@ def _weight_of(parts: Sequence[Part]) -> float:
 def _rounding(parts: Sequence[Part]) -> float:
     """What a relative change of the loss must exceed to prove anything."""
     return max(8 * torch.finfo(p.loss.dtype).eps for p in parts if p.loss is not None)
+
+
+def _same(parts: Sequence[Part]) -> float:
+    """The relative difference of two losses that rounding alone may make."""
+    # The model is run again in full precision, whatever autocast made of its output.
+    half = [torch.finfo(p.output.dtype).eps for p in parts if p.output.dtype.itemsize == 2]
+    return max([_rounding(parts), *half])
 
 
 def _rerunnable(part: Part) -> bool:
