@@ -157,11 +157,8 @@ class Planner:
         if not self.options.may_normalise:
             return False
         if self.settings is None:
-            if (
-                not self.curvature.scale
-                or not self.models(parts)
-                or not self._promising(parts, gradient)
-            ):
+            known = self.curvature.scale > 0 and self.models(parts)
+            if not (known and self._promising(parts, gradient)):
                 return False
             self.settings = Settings(math.nan, math.nan, noise=self.rule.assumed)
             return True
@@ -345,9 +342,8 @@ class Planner:
             found, refined = self._refined_direction(model, gradient, found)
         x = self._minimised(found.subspace, self.settings.damping)
         shortened = self._shortening(found.subspace.bend(x), parts)
-        if isinstance(
-            self.options.trust_region, str
-        ):  # nor may it promise more than there is to gain
+        # Nor may it promise more than there is to gain.
+        if isinstance(self.options.trust_region, str):
             promise = abs(found.subspace.value([shortened * v for v in x], self.settings.damping))
             bound = max(abs(loss_of(parts)), _weight_of(parts))
             shortened *= min(1.0, bound / max(promise, 1e-300))

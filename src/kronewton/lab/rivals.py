@@ -164,7 +164,7 @@ ITERATIONS = 5  # of L-BFGS in one of its steps
 RMSPROP = 3  # the length of Shampoo's steps is RMSProp's, as in Anil et al. 2020
 EXTRA = ("soap", "shampoo", "muon")
 _SMALL = (3e-3, 1e-2, 1e-3, 3e-2, 3e-4, 1e-1)
-_MIDDLE = (1e-2, 3e-2, 3e-3, 1e-3, 1e-1, 3e-4)
+_MIDDLE = (1e-2, 3e-2, 2e-2, 3e-3)
 _MUONS = (3e-2, 1e-2, 1e-1, 3e-3, 3e-1, 1e-3)
 _LARGE = (0.1, 0.3, 0.03, 1.0, 0.01, 3.0)
 _ALL = (
@@ -183,7 +183,7 @@ _ALL = (
         closure=True,
         patience=2,
     ),
-    Rival("soap", "SOAP", _soap, _grid(_MIDDLE, "beta1", (0.95, 0.8)), patience=4),
+    Rival("soap", "SOAP", _soap, _grid(_MIDDLE, "beta1", (0.95, 0.9, 0.8)), patience=4),
     Rival("shampoo", "Shampoo", _shampoo, _grid(_SMALL, "beta1", (0.9, 0.8)), patience=2),
     Rival("muon", "Muon", _muon, _grid(_MUONS, "momentum", (0.95, 0.8)), patience=4),
 )
