@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,6 +16,15 @@ from torch.optim import Optimizer
 
 from kronewton.averaging import SAVED, Averages
 from kronewton.capture import Watcher
+from kronewton.concerns import (
+    of_new,
+    of_products,
+    of_unexplained,
+    of_unseen,
+    require_curved,
+    require_own_parameters,
+    users_level,
+)
 from kronewton.coverage import Coverage, Row, covered, shape_of
 from kronewton.curvature import ADAM, Curvature, by_layer, due, due_in_turn, layer_of
 from kronewton.errors import (
@@ -103,9 +110,9 @@ class KFAC(Optimizer):
         are not saved with the state.
     basis: "factored" (π-damped factors), "eigen" ((B ⊗ A + damping·I)⁻¹ exactly), "corrected"
         (the same with the exact block's diagonal in that basis, EKFAC) or "adam" (Adam's moments in
-        that basis: normalised steps, undamped; momentum is the first one's decay). "auto" is
-        "factored", and "adam" while a step gains less than two batches differ, where lr, momentum
-        and damping are automatic, too.
+        that basis: normalised steps, undamped; momentum is the first one's decay). "auto" goes
+        between "factored" and "adam" by what the quadratic model allows at first and by the noise
+        between batches, where lr, momentum and damping are automatic, too; else it is "factored".
     factor_every, inverse_every: steps between renewals. adapt_every: between decisions on λ.
     factor_decay: weight of the running factors against one new batch.
         "auto" goes by what is known of the noise between batches: see docs/adaptation.md.
@@ -317,7 +324,7 @@ class KFAC(Optimizer):
     def _step_covered(self, watcher: Watcher, planner: Planner) -> bool:
         """Whether a step was made, and not taken back."""
         parts = self._required(watcher)
-        self._require_curved(parts)
+        require_curved(parts, self.options.refine)
         planner.partial = bool(watcher.partial)
         if watcher.partial:
             self._warn(
@@ -328,11 +335,12 @@ class KFAC(Optimizer):
         seen = by_layer((part.statistics, part.weight) for part in parts)
         self._sound = self._curvature.scale, self._curvature.largest
         self._curvature.learn(seen, planner.decay(), planner.rows(), self._steps)
+        require_own_parameters([*self._layers, *self._guests], self._place)
         if watcher.capturing:
-            self._warn_of_uncalled(watcher, {layer_of(term) for term in seen})
-        self._require_own_parameters()
-        if watcher.capturing:
-            self._warn_of_new(planner.replayer.model)
+            layers = [layer for layer in self._layers if not self._curvature.terms(layer.name)]
+            self._warn_all(of_unexplained(watcher.unexplained))
+            self._warn_all(of_unseen(layers, {layer_of(term) for term in seen}))
+            self._warn_all(of_new(planner.replayer.model, self._known))
         if self._previous is not None:  # the model may have been cast since
             self._previous = [
                 t.to(p) for t, p in zip(self._previous, self._parameters, strict=True)
@@ -357,7 +365,7 @@ class KFAC(Optimizer):
             if self._curvature.failed > failed:
                 self._drop_damaged()
             plan = planner.plan(self._steps, parts, gradient, self._previous)
-            self._warn_of_products(planner, parts)
+            self._warn_all(of_products(planner, parts))
         if planner.searching:
             self._skip(NO_CURVATURE)
         elif plan is None or not _finite([*plan.direction, *plan.refinement]):
@@ -408,80 +416,6 @@ class KFAC(Optimizer):
             "given to KFAC; for a loss that is computed otherwise pass criterion=None, or call "
             "optimizer.observe(output, target, criterion) before backward()."
         )
-
-    def _require_own_parameters(self) -> None:
-        """Refuse a model whose parameters are no longer the ones that the optimizer was given."""
-        for layer in [*self._layers, *self._guests]:
-            for name, p in layer.whole().items():
-                if id(p) not in self._place:
-                    raise ModelError(
-                        f"'{name}' of layer '{layer.name}' is another parameter than when KFAC was "
-                        "made. Make the optimizer after the model has been changed, or change "
-                        "values in place, with copy_()."
-                    )
-
-    def _require_curved(self, parts: Sequence[Part]) -> None:
-        """Refuse the dial where its other end is not there: Newton on a loss without curvature."""
-        known = [part for part in parts if part.call is not None]
-        flat = [part for part in known if self.options.refine and not part.curvature().curved]
-        if flat:
-            raise CriterionError(
-                f"refine={self.options.refine} walks towards the Newton step, and "
-                f"{type(flat[0].criterion).__name__} has no curvature in the model's output here: "
-                "its Hessian is zero. Use a criterion that has some (HuberLoss for L1Loss), or "
-                "refine=0."
-            )
-
-    def _warn_of_products(self, planner: Planner, parts: Sequence[Part]) -> None:
-        """Say once where the exact products come from, if not from where they should."""
-        missing = planner.replayer.without_forward_mode
-        if planner.replayer.without_products:
-            self._warn(
-                "torch can differentiate a part of this model only once "
-                f"({planner.replayer.without_products}): there is no quadratic model, and fixed "
-                "rules choose lr, momentum and damping. Replace that part, or give numbers."
-            )
-        elif missing:
-            self._warn(
-                f"torch has no forward mode for a part of this model ({missing}): products with "
-                "its Jacobian are made by differentiating twice backward, which is exact and takes "
-                "about half as long again."
-            )
-        possible = not planner.replayer.without_products
-        if self.options.refine and possible and not planner.models(parts):
-            self._warn(
-                f"refine={self.options.refine} was asked for, and the model cannot be run again on "
-                "this batch: its loss is not computed from what the model returns, or the batch "
-                "was overwritten before step(). The step is K-FAC's own. Return the output that "
-                "the criterion takes, and keep the batch until the step is made."
-            )
-
-    def _warn_of_new(self, model: nn.Module) -> None:
-        """Say which parameters have come to the model since, for they are not trained."""
-        for name, p in model.named_parameters():
-            if id(p) not in self._known and p.grad is not None:
-                self._warn(
-                    f"parameter '{name}' was not in the model when KFAC was made, and is not "
-                    "trained. Make the optimizer after the model has been changed, or add it with "
-                    "add_param_group()."
-                )
-
-    def _warn_of_uncalled(self, watcher: Watcher, seen: Collection[str]) -> None:
-        """Say which layers have a gradient and no curvature, for their step is plain descent."""
-        for name, why in watcher.unexplained.items():
-            self._warn(
-                f"the rows that layer '{name}' showed do not give its gradient: {why}. It gets a "
-                "diagonal block from its own gradients instead, and coverage() says so."
-            )
-        for layer in self._layers:
-            moving = any(p.grad is not None for p in layer.whole().values())
-            if moving and layer.name not in seen and not self._curvature.terms(layer.name):
-                self._warn(
-                    f"layer '{layer.name}' has a gradient, but nothing in the loss that was "
-                    "watched depends on it in a way that can be seen: until it does, its step is "
-                    "plain gradient descent. Train it with the loss that KFAC was given, or with "
-                    "another optimizer."
-                )
 
     def _gradients(self) -> list[Tensor]:
         """Of what is minimised, one tensor per stepped parameter."""
@@ -907,10 +841,14 @@ class KFAC(Optimizer):
         if self._watcher is not None:
             self._watcher.close()
 
+    def _warn_all(self, sentences: Iterable[str]) -> None:
+        for sentence in sentences:
+            self._warn(sentence)
+
     def _warn(self, sentence: str) -> None:
         if sentence not in self._said:
             self._said.add(sentence)
-            warnings.warn(sentence, KronewtonWarning, stacklevel=_users_level())
+            warnings.warn(sentence, KronewtonWarning, stacklevel=users_level())
 
 
 def _add_packed(optimizer: Any, packed: dict[str, Any]) -> None:
@@ -925,19 +863,6 @@ def _gradient(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         return torch.zeros_like(parameter)
     return parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-
-
-def _users_level() -> int:
-    """How far up the stack, from who asks, the user's own line is: a warning points there."""
-    level, frame = 1, inspect.currentframe()
-    frame = None if frame is None else frame.f_back
-    while frame is not None and _inner(frame):
-        level, frame = level + 1, frame.f_back
-    return level
-
-
-def _inner(frame: FrameType) -> bool:
-    return frame.f_globals.get("__name__", "").split(".")[0] in ("kronewton", "torch")
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:
