@@ -499,7 +499,8 @@ def test_strides_and_sparse_gradients_change_nothing(kind, form):
         return
     other, _ = odd_run(kind, **form)
     assert plain.model.linear.weight.shape == other.model.linear.weight.shape
-    torch.testing.assert_close(plain.weights(), other.weights(), rtol=1e-9, atol=1e-12)
+    # Sums round by where tensors lie in memory, and normalised steps make more of it.
+    torch.testing.assert_close(plain.weights(), other.weights(), rtol=1e-6, atol=1e-9)
     assert other.model.linear.weight.is_contiguous() is not bool(form.get("turned"))
 
 

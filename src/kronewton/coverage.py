@@ -79,6 +79,37 @@ class Coverage:
         return html_table(self.HEADER, self.cells(), self.summary())
 
 
+def row_of(name: str, p: Tensor, layers: Sequence[Layer], curvature: Curvature, why: str) -> Row:
+    """The row of a parameter that is in these layers."""
+    covers = [covered(layer, curvature, why) for layer in layers]
+    methods = dict.fromkeys(method for method, _, _ in covers)
+    sharing = dict.fromkeys(sharing for _, sharing, _ in covers)
+    kind = ", ".join(dict.fromkeys(layer.kind.name for layer in layers))
+    # A layer's memory stands once, with its first parameter.
+    own = sum(
+        memory
+        for layer, (_, _, memory) in zip(layers, covers, strict=True)
+        if p is next(iter(layer.whole().values()))
+    )
+    return Row(name, shape_of(p), kind, ", ".join(methods), why, ", ".join(sharing), own, True)
+
+
+def row_without(name: str, p: Tensor, refined: bool, why: str) -> Row:
+    """The row of a parameter that is in no layer; refined: the dial is over it, too."""
+    method = "joins refine" if refined else "AdamW"
+    return Row(name, shape_of(p), "—", method, why or "no model was given", "—", 0, refined)
+
+
+def unseen(layers: Sequence[Layer], curvature: Curvature, steps: int) -> str:
+    """Why nothing, or only its own gradient, is known of a layer of a known kind."""
+    found = [curvature.terms(layer.name) for layer in layers]
+    if not all(found):
+        return "no gradient has come from it so far" if steps else ""
+    if all(term.endswith(ENTRIES) for terms in found for term in terms):
+        return "no use of it as a matrix was seen"
+    return ""
+
+
 def covered(layer: Layer, curvature: Curvature, why: str) -> tuple[str, str, int]:
     """How a layer is covered: method, sharing, and the bytes of curvature that it keeps."""
     terms = curvature.terms(layer.name)

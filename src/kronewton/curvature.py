@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -30,6 +31,7 @@ from kronewton.inverse import (
     factored_inverse,
 )
 from kronewton.layers import ENTRIES, TURNED, Layer
+from kronewton.linalg import all_finite
 from kronewton.normalised import Moments, restored
 from kronewton.pair import (
     ExactPairInverse,
@@ -88,6 +90,7 @@ class Curvature:
         self._batch: dict[str, Sequence[Observation]] = {}  # what was learnt in this step
         self.largest = 0.0  # of all scales so far
         self.scale = 0.0  # mean eigenvalue of all blocks together, in units of the loss
+        self._sound = 0.0, 0.0  # scale and largest, as they were before the batch
         self.dropped = 0  # batches of a layer left out because they were not finite
         self.restless = 1.0  # running share of the sides whose basis had drifted when it was due
         self.failed = 0  # inversions that failed, the last good one being kept
@@ -129,6 +132,7 @@ class Curvature:
         decay: the weight of what is known so far, against one for the batch. rows: how many are
         enough of a layer, None for all; turn: which ones, see `thinned`.
         """
+        self._sound = self.scale, self.largest
         for term, found in observations.items():
             seen = self._shared(term, found)
             seen = seen if rows is None else thinned(seen, rows, turn)
@@ -186,6 +190,26 @@ class Curvature:
         inverse, terms = self.inverses.get(layer_of(term)), self.terms(layer_of(term))
         alone = terms in ([], [term])
         return inverse if alone and isinstance(inverse, EigenInverse) else None
+
+    def drop_damaged(self) -> bool:
+        """Let go of what is not finite: the next batch starts it afresh. Whether factors were."""
+        any_lost = False
+        for name in self.layers:
+            lost = [t for t in self.terms(name) if not all_finite(self.factors[t].totals())]
+            for term in lost:
+                del self.factors[term]
+                any_lost = True
+            # A damped inverse is made again from its factors; a basis can do without them.
+            inverse = self.inverses.get(name)
+            damped = bool(lost) and self.basis != ADAM
+            if inverse is not None and (damped or not all_finite(inverse.tensors().values())):
+                del self.inverses[name]
+            moments = self.moments.get(name)
+            if moments is not None and not all_finite(moments.tensors().values()):
+                del self.moments[name]
+        if not (math.isfinite(self.largest) and math.isfinite(self.scale)):
+            self.scale, self.largest = self._sound  # which the dampings go by
+        return any_lost
 
     def forget_batch(self) -> None:
         """Let go of the step's rows a and b."""

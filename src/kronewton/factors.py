@@ -63,6 +63,10 @@ class Factors:
             self.A.decayed(decay) + batch.A, self.B.decayed(decay) + batch.B, s, self.sides
         )
 
+    def totals(self) -> list[Tensor]:
+        """What is summed up: of A, of B, and of s where it is kept."""
+        return [m.total for m in (self.A, self.B, self.s) if m is not None]
+
     def finite(self) -> Tensor:
         """Whether every number is finite, as a tensor ()."""
         # Diagonals are enough: a bad entry of a row reaches the diagonal through its square.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -76,6 +78,15 @@ def _with_diagonal(matrix: Tensor, value: Tensor | float) -> Tensor:
 def diagonal(matrix: Tensor) -> Tensor:
     """The diagonals of (…, d, d) as a view (…, d)."""
     return matrix.diagonal(dim1=-2, dim2=-1)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all numbers of all tensors are finite."""
+    # A sum is the cheapest to ask: whatever is not finite is in it. Half precision overflows.
+    sums = [
+        (t.float() if t.dtype.itemsize == 2 else t).sum().double() for t in tensors if t.numel()
+    ]
+    return not sums or bool(torch.isfinite(torch.stack(sums)).all())
 
 
 def _require_finite(matrix: Tensor, name: str) -> None:

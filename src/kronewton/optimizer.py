@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kronewton.averaging import SAVED, Averages
+from kronewton.averaging import Averages
 from kronewton.capture import Watcher
 from kronewton.concerns import (
     of_new,
@@ -25,7 +25,7 @@ from kronewton.concerns import (
     require_own_parameters,
     users_level,
 )
-from kronewton.coverage import Coverage, Row, covered, shape_of
+from kronewton.coverage import Coverage, row_of, row_without, unseen
 from kronewton.curvature import ADAM, Curvature, by_layer, due, due_in_turn, layer_of
 from kronewton.errors import (
     CriterionError,
@@ -34,10 +34,10 @@ from kronewton.errors import (
     SkippedError,
     StateError,
 )
-from kronewton.factors import Factors
 from kronewton.fisher import Fisher
-from kronewton.layers import ENTRIES, Found, Layer, find_layers
+from kronewton.layers import Found, Layer, find_layers
 from kronewton.layers.base import at_least_float32
+from kronewton.linalg import all_finite
 from kronewton.options import (
     AUTO,
     BASES,
@@ -55,6 +55,9 @@ from kronewton.quadratic import Vector, flattened
 from kronewton.replay import Replayer
 from kronewton.state import (
     PREFIX,
+    filed,
+    first_of,
+    of_layer,
     planner_scalars,
     read_scalars,
     require_mapping,
@@ -74,7 +77,6 @@ NO_CURVATURE = (
     f"{LOOK}, and for a loss that is constant, linear or concave in the model's output: "
     "fisher='empirical' asks for no curvature of the loss.",
 )
-NOT_OF_LAYERS = ("previous", "generator", "scalars", *SAVED)  # in a parameter's part of the state
 PARTIAL = "before its state was saved this training had a loss with terms that were not watched"
 NOWHERE = "(no layer)"
 DECAY_UNIT = 1e-3  # weight decay of an automatic step: AdamW's at its usual learning rate
@@ -242,7 +244,6 @@ class KFAC(Optimizer):
         self._steps = self._skipped = 0
         self._just_skipped = False
         self._in_row, self._skipped_for = 0, NOT_FINITE
-        self._sound = 0.0, 0.0  # the curvature's scales before the last batch
         self._lost = False  # of factors, so that new ones are due
         self._scale = 1.0  # of a GradScaler
         self._unmade: tuple[int, int, set[int]] | None = None  # of a step that it may leave out
@@ -333,7 +334,6 @@ class KFAC(Optimizer):
             )
         planner.look_back(parts)
         seen = by_layer((part.statistics, part.weight) for part in parts)
-        self._sound = self._curvature.scale, self._curvature.largest
         self._curvature.learn(seen, planner.decay(), planner.rows(), self._steps)
         require_own_parameters([*self._layers, *self._guests], self._place)
         if watcher.capturing:
@@ -368,7 +368,7 @@ class KFAC(Optimizer):
             self._warn_all(of_products(planner, parts))
         if planner.searching:
             self._skip(NO_CURVATURE)
-        elif plan is None or not _finite([*plan.direction, *plan.refinement]):
+        elif plan is None or not all_finite([*plan.direction, *plan.refinement]):
             self._skip()
         else:
             self._plan = plan
@@ -526,23 +526,8 @@ class KFAC(Optimizer):
 
     def _drop_damaged(self) -> None:
         """Let go of what is kept and is not finite: the next batch starts it afresh."""
-        curvature = self._curvature
-        for name in [layer.name for layer in self._layers]:
-            lost = [t for t in curvature.terms(name) if not _finite(_totals(curvature.factors[t]))]
-            for term in lost:
-                del curvature.factors[term]
-                self._lost = True
-            # A damped inverse is made again from its factors; a basis can do without them.
-            inverse = curvature.inverses.get(name)
-            damped = bool(lost) and curvature.basis != ADAM
-            if inverse is not None and (damped or not _finite(inverse.tensors().values())):
-                del curvature.inverses[name]
-            moments = curvature.moments.get(name)
-            if moments is not None and not _finite(moments.tensors().values()):
-                del curvature.moments[name]
-        if not (math.isfinite(curvature.largest) and math.isfinite(curvature.scale)):
-            curvature.scale, curvature.largest = self._sound  # which the dampings go by
-        if self._previous is not None and not _finite(self._previous):
+        self._lost |= self._curvature.drop_damaged()
+        if self._previous is not None and not all_finite(self._previous):
             self._previous = None
 
     def _skip(self, reason: tuple[str, str] = NOT_FINITE) -> None:
@@ -631,38 +616,17 @@ class KFAC(Optimizer):
         for layer in self._layers:
             for p in layer.whole().values():
                 layers.setdefault(id(p), []).append(layer)
-        rows = [self._row(i, p, layers.get(id(p), [])) for i, p in enumerate(self._all)]
-        return Coverage(tuple(rows), f"Fisher: {self._fisher.mode}.")
-
-    def _row(self, i: int, p: Tensor, layers: Sequence[Layer]) -> Row:
-        name, shape = self._names.get(id(p), f"#{i}"), shape_of(p)
-        why = self._reasons.get(id(p), "")
-        if not layers:
-            method = "joins refine" if id(p) in self._place else "AdamW"
-            curved, why = id(p) in self._place, why or "no model was given"
-            return Row(name, shape, "—", method, why, "—", 0, curved)
         unexplained = self._watcher.unexplained if self._watcher is not None else {}
-        why = unexplained.get(layers[0].name, why) or self._unseen(layers)
-        covers = [covered(layer, self._curvature, why) for layer in layers]
-        methods = dict.fromkeys(method for method, _, _ in covers)
-        sharing = dict.fromkeys(sharing for _, sharing, _ in covers)
-        kind = ", ".join(dict.fromkeys(layer.kind.name for layer in layers))
-        # A layer's memory stands once, with its first parameter.
-        own = sum(
-            memory
-            for layer, (_, _, memory) in zip(layers, covers, strict=True)
-            if p is next(iter(layer.whole().values()))
-        )
-        return Row(name, shape, kind, ", ".join(methods), why, ", ".join(sharing), own, True)
-
-    def _unseen(self, layers: Sequence[Layer]) -> str:
-        """Why nothing, or only its own gradient, is known of a layer of a known kind."""
-        found = [self._curvature.terms(layer.name) for layer in layers]
-        if not all(found):
-            return "no gradient has come from it so far" if self._steps else ""
-        if all(term.endswith(ENTRIES) for terms in found for term in terms):
-            return "no use of it as a matrix was seen"
-        return ""
+        rows = []
+        for i, p in enumerate(self._all):
+            name, why = self._names.get(id(p), f"#{i}"), self._reasons.get(id(p), "")
+            own = layers.get(id(p), [])
+            if own:
+                why = unexplained.get(own[0].name, why) or unseen(own, self._curvature, self._steps)
+                rows.append(row_of(name, p, own, self._curvature, why))
+            else:
+                rows.append(row_without(name, p, id(p) in self._place, why))
+        return Coverage(tuple(rows), f"Fisher: {self._fisher.mode}.")
 
     def diagnostics(self) -> dict[str, Tensor]:
         """What the last step did, as float64 scalars on the CPU."""
@@ -706,7 +670,7 @@ class KFAC(Optimizer):
         entries: dict[int, dict[str, Tensor]] = {i: {} for i in self._index.values()}
         for layer in self._layers:
             kept = self._curvature.tensors(layer.name)
-            entries[place[id(_first(layer))]].update({_key(layer) + k: t for k, t in kept.items()})
+            entries[place[id(first_of(layer))]].update(filed(layer, kept))
         for p, step in zip(self._parameters, self._previous or [], strict=False):
             entries[place[id(p)]]["previous"] = step
         for p in self._all:
@@ -777,9 +741,9 @@ class KFAC(Optimizer):
             name = self._names.get(id(p), str(i))
             require_same_shapes(name, p, theirs["state"].get(i, {}), ours.get(i, {}))
         for layer in self._layers:
-            saved_here = ours.get(self._index[id(_first(layer))], {})
+            saved_here = ours.get(self._index[id(first_of(layer))], {})
             largest = self.options.largest_side_of(layer.name)
-            require_same_layer(layer, _of_layer(layer, saved_here), largest)
+            require_same_layer(layer, of_layer(layer, saved_here), largest)
 
     def _restore(self, ours: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Take over what is not torch's, as it was saved."""
@@ -791,8 +755,8 @@ class KFAC(Optimizer):
             self._fallback.state = self.state
         place = self._index
         for layer in self._layers:
-            first = _first(layer)
-            found_here = _of_layer(layer, ours.get(place[id(first)], {}))
+            first = first_of(layer)
+            found_here = of_layer(layer, ours.get(place[id(first)], {}))
             kept = {k: t.to(first.device).clone() for k, t in found_here.items()}
             if kept:
                 self._curvature.load(layer.name, kept)
@@ -863,32 +827,3 @@ def _gradient(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         return torch.zeros_like(parameter)
     return parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-
-
-def _finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all numbers of all tensors are."""
-    # A sum is the cheapest to ask: whatever is not finite is in it. Half precision overflows.
-    sums = [at_least_float32(t).sum().double() for t in tensors if t.numel()]
-    return not sums or bool(torch.isfinite(torch.stack(sums)).all())
-
-
-def _totals(factors: Factors) -> list[Tensor]:
-    return [m.total for m in (factors.A, factors.B, factors.s) if m is not None]
-
-
-def _first(layer: Layer) -> Tensor:
-    """The parameter that a layer's state is filed under."""
-    return next(iter(layer.whole().values()))
-
-
-def _key(layer: Layer) -> str:
-    """In front of a layer's entries: several layers may be rows of one parameter."""
-    rows = next(iter(layer.parts.values()), None)
-    return "" if rows is None else f"rows{rows.start}_"
-
-
-def _of_layer(layer: Layer, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is saved of a layer among all that is filed under its first parameter."""
-    key = _key(layer)
-    found = {k.removeprefix(key): t for k, t in kept.items() if k.startswith(key)}
-    return {k: t for k, t in found.items() if not k.startswith("rows") and k not in NOT_OF_LAYERS}

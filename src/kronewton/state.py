@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from kronewton.adapt import Pace, Settings
+from kronewton.averaging import SAVED
 from kronewton.errors import StateError
 from kronewton.layers import ENTRIES, TURNED, Layer
 from kronewton.planner import Planner
 from kronewton.structure import DENSE, DIAGONAL, side_of
 
 VERSION = 5
+NOT_OF_LAYERS = ("previous", "generator", "scalars", *SAVED)  # in a parameter's part of the state
 PREFIX = "kfac_"  # in front of every key of ours, beside those of the fallback
 SCALARS = (
     "version",
@@ -235,6 +237,29 @@ def require_same_layer(layer: Layer, kept: Mapping[str, Tensor], largest: int) -
         if tensor.shape not in [torch.Size((*shape[:-2], *one)) for one in allowed]:
             wanted = torch.Size((*shape[:-2], *allowed[0]))
             raise _of_another_model("a factor", tensor, f"layer '{layer.name}'", wanted)
+
+
+def first_of(layer: Layer) -> Tensor:
+    """The parameter that a layer's state is filed under."""
+    return next(iter(layer.whole().values()))
+
+
+def filed(layer: Layer, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is kept for a layer, as it stands among all that is filed under its first parameter."""
+    return {_key(layer) + k: t for k, t in kept.items()}
+
+
+def of_layer(layer: Layer, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `filed`."""
+    key = _key(layer)
+    found = {k.removeprefix(key): t for k, t in saved.items() if k.startswith(key)}
+    return {k: t for k, t in found.items() if not k.startswith("rows") and k not in NOT_OF_LAYERS}
+
+
+def _key(layer: Layer) -> str:
+    """In front of a layer's entries: several layers may be rows of one parameter."""
+    rows = next(iter(layer.parts.values()), None)
+    return "" if rows is None else f"rows{rows.start}_"
 
 
 def _of_another_model(what: str, saved: Tensor, owner: str, wanted: torch.Size) -> StateError:
