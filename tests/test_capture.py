@@ -18,6 +18,7 @@ from torch.func import functional_call, hessian, jacrev
 from torch.utils.checkpoint import checkpoint
 
 from kronewton import KFAC, structure
+from kronewton.batches import Batches
 from kronewton.capture import Watcher
 from kronewton.curvature import by_layer
 from kronewton.errors import CriterionError
@@ -25,7 +26,6 @@ from kronewton.factors import Factors, batch_factors, reduced_factors, with_corr
 from kronewton.fisher import Fisher
 from kronewton.layers import find_layers
 from kronewton.options import criteria_of
-from kronewton.planner import Planner
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -891,9 +891,9 @@ def test_reruns_of_the_planner_are_not_taken_for_training(monkeypatch):
     model, criterion = net(3, 4, 5), nn.MSELoss()
     optimizer = KFAC(model, criterion, fisher="exact", factor_every=1)
     ran = []
-    real = Planner._loss_with
+    real = Batches.loss_with
     monkeypatch.setattr(
-        Planner, "_loss_with", lambda self, *args: ran.append(0) or real(self, *args)
+        Batches, "loss_with", lambda self, *args: ran.append(0) or real(self, *args)
     )
     backward(model, criterion, torch.randn(6, 3), torch.randn(6, 5))
     optimizer.step()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from kronewton.adapt import (
     Settings,
     StepInfo,
 )
+from kronewton.batches import Batches, loss_of, rerunnable, rounding, same_loss, weight_of
 from kronewton.curvature import ADAM, Curvature, due
 from kronewton.errors import NotPositiveDefinite
 from kronewton.normalised import FIRST_DECAY
@@ -38,12 +38,11 @@ from kronewton.quadratic import (
     QuadraticModel,
     Refinement,
     Subspace,
-    Term,
     Vector,
     flattened,
     unflattened,
 )
-from kronewton.replay import Replayer, versions
+from kronewton.replay import Replayer
 
 MOST_MOMENTUM = 0.9  # of an automatic momentum beside a learning rate that is given
 MOMENTUM = 0.5  # where no quadratic model chooses it
@@ -124,7 +123,8 @@ class Planner:
         steering: Steering,
     ) -> None:
         self.options, self.curvature, self.replayer = options, curvature, replayer
-        self.unwatched, self.steering = unwatched, steering
+        self.steering = steering
+        self.batches = Batches(replayer, unwatched, options.curvature_batches - 1)
         self.rule, self.pacing, self.pace = _rule(options), Pacing(), Pace()
         self.settings: Settings | None = None  # None: to be found before the first step
         if not isinstance(options.damping, str):
@@ -134,7 +134,6 @@ class Planner:
         self.noise: float | None = None
         self.undone = self.broken = 0
         self.partial = False  # the criteria are not the whole loss: no model of a part decides
-        self._earlier: deque[list[Part]] = deque(maxlen=options.curvature_batches - 1)
         self.factor = 1.0  # of an automatic step, by the groups' lr; NaN: not the same for all
         self.lr = 0.0  # of the last step that the quadratic model planned
 
@@ -180,7 +179,7 @@ class Planner:
         direction = [t.neg() for t in self.steering.normalised(FIRST_DECAY)]
         self.curvature.moments.clear()  # this gradient comes again
         try:
-            model = self._quadratic(parts)
+            model = self.batches.quadratic(parts)
             found = model.subspace(gradient, [model.line(direction)])
             pace = self.pacing.modelled(Pace(), found.slope[0], found.bend([1.0]))
         except MissingProducts:
@@ -225,6 +224,11 @@ class Planner:
         """How many rows of a layer are enough for its factors; None: all that there are."""
         return ROWS if self.normalising and self.options.fisher == "sampled" else None
 
+    def remember(self, parts: Sequence[Part]) -> None:
+        """Keep a batch for the curvature of later steps, if it can be."""
+        if self.models(parts):
+            self.batches.remember(parts)
+
     def _known(self) -> str:
         """What is known of the noise: a key of RENEWALS."""
         if self.normalising:
@@ -247,14 +251,14 @@ class Planner:
         """Whether these parts have a quadratic model, and something is to be chosen with it."""
         possible = self.options.uses_model and not self.replayer.without_products
         possible = possible and not self.partial
-        return possible and bool(parts) and all(map(_rerunnable, parts))
+        return possible and bool(parts) and all(map(rerunnable, parts))
 
     def look_back(self, parts: Sequence[Part]) -> None:
         """How far apart two batches are at one point, over what the last step gained."""
         if self.outcome is not None and self.models(parts):
             after, change = self.outcome
             difference = abs(loss_of(parts) - after)
-            if difference <= _same(parts) * abs(after):  # the same batch again, in any order
+            if difference <= same_loss(parts) * abs(after):  # the same batch again, in any order
                 difference = 0.0
             self.noise = difference / max(abs(change), 1e-30)
             if not self.normalising:
@@ -277,7 +281,7 @@ class Planner:
 
     def _tried(self, parts: Sequence[Part], gradient: Tensor) -> float:
         """Of a ladder of dampings, largest first, the last before the loss gets worse again."""
-        model = self._quadratic(parts)
+        model = self.batches.quadratic(parts)
         lowest, found = math.inf, FIRST_TRIALS[0] * self.curvature.scale
         for trial in FIRST_TRIALS:
             damping = trial * self.curvature.scale
@@ -289,8 +293,8 @@ class Planner:
             x = self._minimised(subspace, damping)
             length = x[0] * self._shortening(subspace.bend(x), parts)
             there = torch._foreach_add(self.replayer.parameters(), direction, alpha=length)
-            loss = self._loss_with(parts, there)
-            if not loss <= lowest + _rounding(parts) * abs(lowest) or math.isinf(loss):
+            loss = self.batches.loss_with(parts, there)
+            if not loss <= lowest + rounding(parts) * abs(lowest) or math.isinf(loss):
                 break
             lowest, found = min(loss, lowest), damping  # the smaller one where losses agree
         return found
@@ -329,7 +333,7 @@ class Planner:
         every = NOISY_TRIAL_EVERY if averaging else TRIAL_EVERY
         trying = self.options.damping == AUTO and due(step, every)
         averaging = 0.0 if trying else averaging
-        model = self._quadratic(parts)
+        model = self.batches.quadratic(parts)
         found = self._candidate(model, gradient, direction, previous, averaging)
         if not found.subspace.finite():
             return None
@@ -345,7 +349,7 @@ class Planner:
         # Nor may it promise more than there is to gain.
         if isinstance(self.options.trust_region, str):
             promise = abs(found.subspace.value([shortened * v for v in x], self.settings.damping))
-            bound = max(abs(loss_of(parts)), _weight_of(parts))
+            bound = max(abs(loss_of(parts)), weight_of(parts))
             shortened *= min(1.0, bound / max(promise, 1e-300))
         x = [shortened * v for v in x]
         predicted = found.subspace.value([self.factor * v for v in x], self.settings.damping)
@@ -369,7 +373,7 @@ class Planner:
         every = MODEL_EVERY if count < LATER else LATER_EVERY
         if (count <= FIRST_STEPS or count % every == 0) and self.models(parts):
             try:
-                model = self._quadratic(parts)
+                model = self.batches.quadratic(parts)
                 found = model.subspace(gradient, [model.line(direction)])
                 self.pace = self.pacing.modelled(self.pace, found.slope[0], found.bend([1.0]))
             except MissingProducts:
@@ -515,7 +519,7 @@ class Planner:
         share = 1.0 if isinstance(self.options.trust_region, str) else self.options.trust_region
         bend, bound = 0.5 * bent, share * abs(loss_of(parts))
         if bend > bound and isinstance(self.options.trust_region, str):
-            bound = max(bound, _weight_of(parts))  # for losses that may come near zero or cross it
+            bound = max(bound, weight_of(parts))  # for losses that may come near zero or cross it
         return math.sqrt(bound / bend) if bend > bound else 1.0
 
     def _unmodelled(self, gradient: Tensor, direction: list[Tensor], scale: float) -> Plan | None:
@@ -549,15 +553,15 @@ class Planner:
             return True
         assert self.settings is not None
         quiet = self.rule.averaging(self.settings) == 0
-        return quiet and promise <= _rounding(parts) * _weight_of(parts)
+        return quiet and promise <= rounding(parts) * weight_of(parts)
 
     def judge(self, step: int, parts: Sequence[Part], plan: Plan) -> bool:
         """Ask the rule. False if the step is so bad that it must be taken back."""
-        before, after = loss_of(parts), self._loss_with(parts, None)
+        before, after = loss_of(parts), self.batches.loss_with(parts, None)
         change = after - before
         if self.normalising:
             # One step on one batch may well be uphill where it is noise; not by so much.
-            fine = change <= max(abs(before), FAR_WORSE * _weight_of(parts))
+            fine = change <= max(abs(before), FAR_WORSE * weight_of(parts))
             if self.pace.steps <= FIRST_STEPS and plan.predicted < 0:
                 fine = change <= -plan.predicted
             if fine:
@@ -568,7 +572,7 @@ class Planner:
                 self.undone += 1
             return fine
         assert self.settings is not None
-        shown = _rounding(parts) * abs(before)
+        shown = rounding(parts) * abs(before)
         if abs(plan.predicted) <= shown and abs(change) <= shown:
             change = plan.predicted  # less than the loss can show was promised, and came
         info = StepInfo(
@@ -584,94 +588,8 @@ class Planner:
         self.undone += 1
         return False
 
-    # The batch, run again.
-
-    def _quadratic(self, parts: Sequence[Part]) -> QuadraticModel:
-        batches = [parts, *(b for b in self._earlier if self.models(b))]
-        terms = [
-            Term(part.call, part.path, part.bridge, at.curvature(), part.weight / len(batches))
-            for batch in batches
-            for part in batch
-            if part.call is not None and part.weight is not None
-            for at in [part if batch is parts else self._here(part)]
-        ]
-        return QuadraticModel(self.replayer, terms, self.unwatched)
-
-    def _here(self, part: Part) -> Part:
-        """A part of an earlier batch at the parameters of now."""
-        return part.at(self._output(part, None))
-
-    def remember(self, parts: Sequence[Part]) -> None:
-        """Keep a batch for the curvature of later steps, without its statistics."""
-        if self.options.curvature_batches > 1 and self.models(parts):
-            self._earlier.append([part.at(part.output) for part in parts])
-
-    def forget_earlier(self) -> None:
-        """Let go of the batches that `remember` kept: they are of another run."""
-        self._earlier.clear()
-
-    def _output(self, part: Part, tensors: Sequence[Tensor] | None) -> Tensor:
-        """What the criterion would be given."""
-        assert part.call is not None
-        with self.unwatched():
-            output = self.replayer.run(part.call, part.path, tensors)
-            return output if part.bridge is None else part.bridge.push(output)
-
-    def _loss_with(self, parts: Sequence[Part], tensors: Sequence[Tensor] | None) -> float:
-        """The loss of the step's batch with other parameters, or with those of now."""
-        total = 0.0
-        for part in parts:
-            if part.call is not None and part.weight is not None:
-                try:
-                    output = self._output(part, tensors)
-                    with self.unwatched():
-                        loss = part.criterion(output, *part.targets)
-                    total += part.sign * float(part.weight * loss)
-                except torch.OutOfMemoryError:
-                    raise
-                except (ValueError, RuntimeError, ArithmeticError, AssertionError):
-                    return math.inf  # the model's own checks refuse it: too far
-        return total
-
 
 def _rule(options: Options) -> Rule:
     if options.damping != AUTO:
         return Fixed()
     return LevenbergMarquardt(drop=REFINED_DROP) if options.refine else LevenbergMarquardt()
-
-
-def loss_of(parts: Sequence[Part]) -> float:
-    """The objective of the step: every part's loss with the weight that the user gave it."""
-    return math.fsum(
-        float(part.weight * part.loss)
-        for part in parts
-        if part.weight is not None and part.loss is not None
-    )
-
-
-def _weight_of(parts: Sequence[Part]) -> float:
-    """What all positions weigh together: 1 for a mean, their number for a sum."""
-    return math.fsum(
-        float(part.weight * part.curvature().weights.sum())
-        for part in parts
-        if part.weight is not None
-    )
-
-
-def _rounding(parts: Sequence[Part]) -> float:
-    """What a relative change of the loss must exceed to prove anything."""
-    return max(8 * torch.finfo(p.loss.dtype).eps for p in parts if p.loss is not None)
-
-
-def _same(parts: Sequence[Part]) -> float:
-    """The relative difference of two losses that rounding alone may make."""
-    # The model is run again in full precision, whatever autocast made of its output.
-    half = [torch.finfo(p.output.dtype).eps for p in parts if p.output.dtype.itemsize == 2]
-    return max([_rounding(parts), *half])
-
-
-def _rerunnable(part: Part) -> bool:
-    """Whether the model can be run again, as the criterion saw it."""
-    if part.call is None or not part.call.intact() or part.versions != versions(part.targets):
-        return False
-    return part.bridge is None or part.bridge.linear

@@ -106,7 +106,7 @@ def restore_planner(planner: Planner, numbers: Mapping[str, float | None]) -> No
     planner.broken = int(numbers["broken"] or 0)
     planner.lr = numbers["lr"] or 0.0
     planner.pace = _pace(numbers)
-    planner.forget_earlier()
+    planner.batches.forget()
     restless = numbers["restless"]
     planner.curvature.restless = 1.0 if restless is None else restless
     planner.curvature.largest = numbers["largest"] or 0.0

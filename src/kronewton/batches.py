@@ -1,0 +1,113 @@
+"""The batches of a step, run again: their loss elsewhere, and their exact quadratic model."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from kronewton.part import Part
+from kronewton.quadratic import QuadraticModel, Term
+from kronewton.replay import Replayer, versions
+
+
+class Batches:
+    """What the model says of a step's parts, and of those of earlier steps that are kept."""
+
+    def __init__(
+        self,
+        replayer: Replayer,
+        unwatched: Callable[[], AbstractContextManager[None]],
+        earlier: int,
+    ) -> None:
+        self.replayer, self.unwatched = replayer, unwatched
+        self._earlier: deque[list[Part]] = deque(maxlen=earlier)
+
+    def quadratic(self, parts: Sequence[Part]) -> QuadraticModel:
+        """The quadratic model of the parts, with the curvature of the earlier batches, too."""
+        batches = [parts, *(b for b in self._earlier if all(map(rerunnable, b)))]
+        terms = [
+            Term(part.call, part.path, part.bridge, at.curvature(), part.weight / len(batches))
+            for batch in batches
+            for part in batch
+            if part.call is not None and part.weight is not None
+            for at in [part if batch is parts else self._here(part)]
+        ]
+        return QuadraticModel(self.replayer, terms, self.unwatched)
+
+    def _here(self, part: Part) -> Part:
+        """A part of an earlier batch at the parameters of now."""
+        return part.at(self._output(part, None))
+
+    def remember(self, parts: Sequence[Part]) -> None:
+        """Keep a batch for the curvature of later steps, without its statistics."""
+        if self._earlier.maxlen:
+            self._earlier.append([part.at(part.output) for part in parts])
+
+    def forget(self) -> None:
+        """Let go of the batches that `remember` kept: they are of another run."""
+        self._earlier.clear()
+
+    def _output(self, part: Part, tensors: Sequence[Tensor] | None) -> Tensor:
+        """What the criterion would be given."""
+        assert part.call is not None
+        with self.unwatched():
+            output = self.replayer.run(part.call, part.path, tensors)
+            return output if part.bridge is None else part.bridge.push(output)
+
+    def loss_with(self, parts: Sequence[Part], tensors: Sequence[Tensor] | None) -> float:
+        """The loss of the step's batch with other parameters, or with those of now."""
+        total = 0.0
+        for part in parts:
+            if part.call is not None and part.weight is not None:
+                try:
+                    output = self._output(part, tensors)
+                    with self.unwatched():
+                        loss = part.criterion(output, *part.targets)
+                    total += part.sign * float(part.weight * loss)
+                except torch.OutOfMemoryError:
+                    raise
+                except (ValueError, RuntimeError, ArithmeticError, AssertionError):
+                    return math.inf  # the model's own checks refuse it: too far
+        return total
+
+
+def loss_of(parts: Sequence[Part]) -> float:
+    """The objective of the step: every part's loss with the weight that the user gave it."""
+    return math.fsum(
+        float(part.weight * part.loss)
+        for part in parts
+        if part.weight is not None and part.loss is not None
+    )
+
+
+def weight_of(parts: Sequence[Part]) -> float:
+    """What all positions weigh together: 1 for a mean, their number for a sum."""
+    return math.fsum(
+        float(part.weight * part.curvature().weights.sum())
+        for part in parts
+        if part.weight is not None
+    )
+
+
+def rounding(parts: Sequence[Part]) -> float:
+    """What a relative change of the loss must exceed to prove anything."""
+    return max(8 * torch.finfo(p.loss.dtype).eps for p in parts if p.loss is not None)
+
+
+def same_loss(parts: Sequence[Part]) -> float:
+    """The relative difference of two losses that rounding alone may make."""
+    # The model is run again in full precision, whatever autocast made of its output.
+    half = [torch.finfo(p.output.dtype).eps for p in parts if p.output.dtype.itemsize == 2]
+    return max([rounding(parts), *half])
+
+
+def rerunnable(part: Part) -> bool:
+    """Whether the model can be run again, as the criterion saw it."""
+    if part.call is None or not part.call.intact() or part.versions != versions(part.targets):
+        return False
+    return part.bridge is None or part.bridge.linear
