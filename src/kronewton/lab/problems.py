@@ -96,7 +96,10 @@ def sigmoid_autoencoder(widths: tuple[int, ...], seed: int) -> nn.Sequential:
     return model
 
 
-def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+Split = tuple[Tensor, Tensor, Tensor, Tensor]  # x and y to train on, x and y to test on
+
+
+def _digits() -> Split:
     """The 8×8 digits that come with scikit-learn, split 1437 to 360, pixels in [0, 1]."""
     bunch = load_digits()
     x = torch.from_numpy(bunch.data).float() / 16
@@ -106,11 +109,15 @@ def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[train], y[train], x[test], y[test]
 
 
-def digits_mlp(seed: int, device: torch.device) -> Problem:
-    x, y, x_test, y_test = _digits()
-    model = network((64, 128, 128, 10), nn.ReLU, seed).to(device)
+def _classified(model: nn.Module, split: Split, device: torch.device) -> Problem:
+    """Tell the classes of digits apart."""
+    x, y, x_test, y_test = split
     train, test = Examples(x, y).to(device), Examples(x_test, y_test).to(device)
-    return Problem(model, nn.CrossEntropyLoss(), train, test)
+    return Problem(model.to(device), nn.CrossEntropyLoss(), train, test)
+
+
+def digits_mlp(seed: int, device: torch.device) -> Problem:
+    return _classified(network((64, 128, 128, 10), nn.ReLU, seed), _digits(), device)
 
 
 def digits_autoencoder(seed: int, device: torch.device) -> Problem:
@@ -121,49 +128,42 @@ def digits_autoencoder(seed: int, device: torch.device) -> Problem:
     )
 
 
-def _digit_images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _digit_images() -> Split:
     x, y, x_test, y_test = _digits()
     return x.view(-1, 1, 8, 8), y, x_test.view(-1, 1, 8, 8), y_test
 
 
-def digits_cnn(seed: int, device: torch.device) -> Problem:
-    x, y, x_test, y_test = _digit_images()
+def _cnn(normalised: bool, seed: int) -> nn.Module:
+    """Two convolutions, each with batch normalisation behind it or not, and a linear layer."""
+
+    def norm(channels: int) -> list[nn.Module]:
+        return [nn.BatchNorm2d(channels)] if normalised else []
+
     with drawn_by(seed):
-        model = nn.Sequential(
+        return nn.Sequential(
             nn.Conv2d(1, 16, 3, padding=1),
+            *norm(16),
             nn.ReLU(),
             nn.Conv2d(16, 32, 3, stride=2, padding=1),  # (N, 32, 4, 4)
+            *norm(32),
             nn.ReLU(),
             nn.Flatten(),
             nn.Linear(512, 10),
-        ).to(device)
-    train, test = Examples(x, y).to(device), Examples(x_test, y_test).to(device)
-    return Problem(model, nn.CrossEntropyLoss(), train, test)
+        )
+
+
+def digits_cnn(seed: int, device: torch.device) -> Problem:
+    return _classified(_cnn(False, seed), _digit_images(), device)
 
 
 def digits_bn_cnn(seed: int, device: torch.device) -> Problem:
-    x, y, x_test, y_test = _digit_images()
-    with drawn_by(seed):
-        model = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1),  # (N, 32, 4, 4)
-            nn.BatchNorm2d(32),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(512, 10),
-        ).to(device)
-    train, test = Examples(x, y).to(device), Examples(x_test, y_test).to(device)
-    return Problem(model, nn.CrossEntropyLoss(), train, test)
+    return _classified(_cnn(True, seed), _digit_images(), device)
 
 
 def digits_resnet(seed: int, device: torch.device) -> Problem:
-    x, y, x_test, y_test = _digit_images()
     with drawn_by(seed):
-        model = DigitsResNet(width=WIDTH, blocks=3, classes=10).to(device)
-    train, test = Examples(x, y).to(device), Examples(x_test, y_test).to(device)
-    return Problem(model, nn.CrossEntropyLoss(), train, test)
+        model = DigitsResNet(width=WIDTH, blocks=3, classes=10)
+    return _classified(model, _digit_images(), device)
 
 
 def digits_vae(seed: int, device: torch.device) -> Problem:
@@ -192,11 +192,9 @@ def digits_conv_autoencoder(seed: int, device: torch.device) -> Problem:
 
 
 def digits_vit(seed: int, device: torch.device) -> Problem:
-    x, y, x_test, y_test = _digit_images()
     with drawn_by(seed):
-        model = DigitsViT(width=64, heads=4, depth=4, classes=10).to(device)
-    train, test = Examples(x, y).to(device), Examples(x_test, y_test).to(device)
-    return Problem(model, nn.CrossEntropyLoss(), train, test)
+        model = DigitsViT(width=64, heads=4, depth=4, classes=10)
+    return _classified(model, _digit_images(), device)
 
 
 def _noisy(clean: Tensor, seed: int) -> Examples:
