@@ -248,7 +248,7 @@ def _percent(value: float) -> str:
 def verdict(found: Sequence[Goal]) -> str:
     """What the clock says over all targets, for better or worse."""
     if not found:
-        return "No task was run to its end: there is nothing to say yet."
+        return "No task was run to its end: there is nothing to say yet. With --out, run it again."
     won = [goal for goal in found if goal.won]
     clearly = [goal for goal in won if goal.ratio is None or goal.ratio.median <= CLEARLY]
     lost = [goal for goal in found if not goal.won]

@@ -251,14 +251,13 @@ def step_cost_command(
 ) -> None:
     """Time K-FAC's step, nothing set, against AdamW's and SGD's.
 
-    The tasks are digits-mlp and digits-autoencoder if none is named; mnist-autoencoder is its
-    small network.
+    The tasks are digits-mlp and digits-autoencoder if none is named, and those of MNIST what they
+    are in time-to-target: batches of 1,000.
     """
     _check_files(out, json)
     costs = []
-    for name in tasks or ["digits-mlp", "digits-autoencoder"]:
-        options = Options(data=data, small=True) if name == "mnist-autoencoder" else None
-        costs += bench.step_cost(find_task(name, options), chunks, seed, _device(device))
+    for task in suite.find_tasks(suite.FULL, tasks or ("digits-mlp", "digits-autoencoder"), data):
+        costs += bench.step_cost(task, chunks, seed, _device(device))
     print("K-FAC's step, nothing set, as a multiple of another optimizer's")
     display.output().print(bench.cost_table(costs))
     _write(json, costs)
