@@ -891,10 +891,8 @@ def test_reruns_of_the_planner_are_not_taken_for_training(monkeypatch):
     model, criterion = net(3, 4, 5), nn.MSELoss()
     optimizer = KFAC(model, criterion, fisher="exact", factor_every=1)
     ran = []
-    real = Batches.loss_with
-    monkeypatch.setattr(
-        Batches, "loss_with", lambda self, *args: ran.append(0) or real(self, *args)
-    )
+    real = Batches._run
+    monkeypatch.setattr(Batches, "_run", lambda self, *args: ran.append(0) or real(self, *args))
     backward(model, criterion, torch.randn(6, 3), torch.randn(6, 5))
     optimizer.step()
     assert ran

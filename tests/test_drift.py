@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kronewton.curvature import _worth
 from kronewton.drift import INDEPENDENT, SMALL, TOLERATED, drift, renewed
 from kronewton.errors import NotPositiveDefinite
 from kronewton.inverse import eigen_basis
@@ -95,3 +96,25 @@ def test_what_is_not_finite_is_refused_by_name():
     one.Q[0, 0] = math.nan
     with pytest.raises(NotPositiveDefinite, match="input factor A of layer 'fc'"):
         renewed(one, None, "fc")
+
+
+def test_a_side_that_is_not_worth_its_price_keeps_its_basis_and_takes_the_new_scale():
+    old = renewed(product(), None, "layer")
+    other = product(7)
+    doubled = Product(2 * other.P, 2 * other.Q, other.sides)
+    kept = renewed(doubled, old, "layer", (False, True))
+    assert kept.U_A is old.U_A
+    assert kept.U_B is not old.U_B
+    torch.testing.assert_close(kept.s.sum(), doubled.P.trace() * doubled.Q.trace())
+    both = renewed(doubled, None, "layer", (False, False))  # there is none to keep
+    torch.testing.assert_close(both.U_A, renewed(doubled, None, "layer").U_A)
+
+
+def test_bases_are_renewed_as_often_as_they_pay():
+    M = torch.zeros(512, 512)
+    cheap, dear = 10**9, 3 * 128 * 10 * 512  # a layer's own step; a basis costs 273 of the second
+    times = range(0, 4000, 10)
+    assert all(_worth(M, cheap, step, 10) for step in (0, 1, 2, 4, 8, *times))
+    assert not any(_worth(M, dear, step, 10) for step in (1, 2, 4, 8))
+    found = [step for step in times if _worth(M, dear, step, 10)]
+    assert found == [0, *range(820, 4000, 820)]

@@ -21,7 +21,16 @@ from kronewton.lab import checkpoint, files, rivals, session, texts
 from kronewton.lab.images import read_images
 from kronewton.lab.rivals import RIVALS, find_rival
 from kronewton.lab.tasks import TASKS, Options, find_task
-from kronewton.lab.training import Budget, Record, Run, interleave, start, train
+from kronewton.lab.training import (
+    Budget,
+    Record,
+    Run,
+    evaluate,
+    interleave,
+    own_statistics,
+    start,
+    train,
+)
 
 torch.set_num_threads(1)  # the models are tiny, and tests run side by side
 
@@ -415,6 +424,26 @@ def test_both_terms_of_the_vae_are_shown_to_kfac() -> None:
     records = list(train(run, Budget(12, every=99)))
     assert records[-1].train_loss < 0.9 * records[0].train_loss  # type: ignore[operator]
     assert all(row.curved for row in run.optimizer.coverage().rows)
+
+
+def test_losses_are_by_the_training_sets_own_statistics_of_batch_normalisation() -> None:
+    task = find_task("digits-bn-cnn")
+    run = start(task, find_rival("sgd"), {"lr": 0.1, "momentum": 0.9}, 0, torch.device("cpu"))
+    model, train_set = run.problem.model, run.problem.train
+    records = list(train(run, Budget(steps=3)))
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    momenta = [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    with own_statistics(run):
+        evaluated, _ = evaluate(run, train_set)
+    assert records[-1].train_loss == evaluated
+    assert all(b.equal(buffers[name]) for name, b in model.named_buffers())
+    assert momenta == [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    # By running averages three steps old it is another; in training mode the same, to their n − 1.
+    stale, _ = evaluate(run, train_set)
+    assert stale > 1.3 * evaluated
+    with torch.no_grad():
+        as_trained = float(run.problem.criterion(model(train_set.x), train_set.y))
+    assert as_trained == pytest.approx(evaluated, rel=1e-3)
 
 
 def test_seconds_end_a_run_and_evaluation_is_not_on_the_clock() -> None:

@@ -160,10 +160,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 def learnt(
     name: str, dtype: torch.dtype | None, steps: int, **options
 ) -> tuple[float, float, KFAC]:
-    """Losses before and after some steps on all of a task with noise."""
+    """Losses before and after some steps on all of a task with noise, which ends above zero."""
     torch.manual_seed(0)
-    X = torch.randn(512, 16)
-    Y = (X @ torch.randn(16, 4) + 2 * torch.randn(512, 4)).argmax(1)
+    X = torch.randn(4096, 16)
+    Y = (X @ torch.randn(16, 4) + 2 * torch.randn(4096, 4)).argmax(1)
     model, criterion = NETWORKS[name](), nn.CrossEntropyLoss()
     optimizer = KFAC(model, criterion, **options)
     first = float(criterion(model(X), Y).detach())
@@ -177,11 +177,28 @@ def learnt(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_batch_that_is_run_again_is_run_in_the_precision_of_its_forward(dtype):
+    torch.manual_seed(0)
+    model, criterion = NETWORKS["dense"](), nn.CrossEntropyLoss()
+    optimizer = KFAC(model, criterion)
+    x, y = torch.randn(64, 16), torch.randint(0, 4, (64,))
+    with torch.autocast("cpu", dtype=dtype):
+        loss = criterion(model(x), y)
+    loss.backward()
+    parts, _ = optimizer._watcher.collect()
+    planner = optimizer._planner
+    nowhere = [torch.zeros_like(p) for p in model.parameters()]
+    again = planner.batches.tried(parts, nowhere)
+    assert again.loss == float(loss.detach())
+    assert again.bend == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_under_autocast_the_loss_is_within_five_per_cent(name, dtype):
-    first, plain, _ = learnt(name, None, 6)
-    _, cast, optimizer = learnt(name, dtype, 6)
-    assert plain < 0.8 * first
+    first, plain, _ = learnt(name, None, 12)
+    _, cast, optimizer = learnt(name, dtype, 12)
+    assert plain < 0.9 * first
     assert cast == pytest.approx(plain, rel=0.05)
     told = optimizer.diagnostics()
     assert float(told["skipped"]) == float(told["dropped_statistics"]) == 0

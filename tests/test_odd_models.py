@@ -217,7 +217,7 @@ def test_groups_with_different_factors_are_told_that_the_damping_stays() -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_that_is_taken_back_leaves_every_bit(dtype: torch.dtype) -> None:
     model, criterion, (x, y) = net().to(dtype), CRITERION(), batch()
-    optimizer = kn.KFAC(model, criterion, weight_decay=0.1)
+    optimizer = kn.KFAC(model, criterion, weight_decay=0.1, basis="factored")
     optimizer.param_groups[0]["lr"] = 1e3
     before = values(model)
     criterion(model(x.to(dtype)), y).backward()

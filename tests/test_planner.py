@@ -182,3 +182,27 @@ def test_renewals_start_afresh_with_a_new_kind_of_step() -> None:
     assert planner.intervals() == CALM_RENEWALS
     planner.pace = planner.pacing.agreed(planner.pace, None)
     assert planner.age(38) == 1
+
+
+@pytest.mark.parametrize("criterion", [nn.MSELoss(), nn.CrossEntropyLoss(label_smoothing=0.1)])
+def test_a_trial_of_a_linear_model_has_the_bend_of_the_exact_quadratic_model(
+    criterion: nn.Module,
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3).double()
+    optimizer = kn.KFAC(model, criterion)
+    x, y = torch.randn(20, 6).double(), torch.randn(20, 3).double().softmax(1)
+    criterion(model(x), y).backward()
+    parts, _ = optimizer._watcher.collect()  # type: ignore[union-attr]
+    assert optimizer._planner is not None
+    batches = optimizer._planner.batches
+    step = [0.1 * torch.randn_like(p) for p in model.parameters()]
+    found = batches.quadratic(parts)
+    line = found.line(step)
+    exact = found.subspace(torch.zeros_like(line.flat), [line]).bend([1.0])
+    trial = batches.tried(parts, step)
+    assert trial.bend == pytest.approx(exact, rel=1e-10)
+    with torch.no_grad():
+        for p, d in zip(model.parameters(), step, strict=True):
+            p.add_(d)
+        assert trial.loss == pytest.approx(float(criterion(model(x), y)), rel=1e-12)

@@ -171,11 +171,13 @@ class Pace:
 
     lr: float = math.nan  # of one coordinate; NaN: not chosen yet
     ceiling: float = math.inf  # what the quadratic model allows
+    limit: float = math.inf  # after steps that were too bad, until as long ones are not
     slope: float = 0.0  # of the model along the steps, running
     bend: float = 0.0  # Δ'CΔ along them, running
     square: float = 0.0  # of the agreement, running
     steps: int = 0
-    trust: float = 1.0  # in the model along the steps, as far as it kept what it promised
+    look: int = 0  # the step at which the model is asked next
+    gap: int = 0  # steps between its last two
 
 
 @dataclass(frozen=True)
@@ -191,8 +193,11 @@ class Pacing:
     only later (Wu et al. 2018). Against that short sight `patience` is added to the agreement
     where a step still gains more than two batches differ, and lr keeps to `least` of the ceiling
     where that is not above `steady`.
-    A model knows nothing of what is beyond it: where less comes than it promised, on the same
-    batch, steps are shorter, and longer again where it is right.
+    A model of the outputs knows nothing of what bends the loss beyond it. So a step is tried on its
+    batch before it is made, now and then, and the parabola through the loss here, its slope and the
+    loss there is a second bound. Trials are in each of the `first` steps, then rarer by a factor of
+    two whenever the ceiling has changed by less than a factor of `sudden`, and less rare when by
+    more; `rarest` steps apart at most.
     """
 
     share: float = 1.0
@@ -205,7 +210,14 @@ class Pacing:
     patience: float = 0.5
     agreement_memory: float = 0.9
     model_memory: float = 0.5
-    distrust: float = 1 / 64
+    distrust: float = 1 / 64  # of the lowest, the least that a limit is
+    first: int = 10
+    sudden: float = 1.5
+    rarest: int = 20
+
+    def looks(self, pace: Pace) -> bool:
+        """Whether the model should be asked about the step that is made now."""
+        return pace.steps >= pace.look
 
     def modelled(self, pace: Pace, slope: float, bend: float) -> Pace:
         """After the quadratic model was asked along this step: its slope, and Δ'CΔ, for lr 1."""
@@ -215,7 +227,33 @@ class Pacing:
         w = self.model_memory
         slope, bend = w * pace.slope + (1 - w) * slope, w * pace.bend + (1 - w) * bend
         running = max(-slope, 0.0) / bend if bend > 0 else math.inf
-        return replace(pace, slope=slope, bend=bend, ceiling=self.share * min(now, running))
+        ceiling = self.share * min(now, running)
+        calm = pace.ceiling / self.sudden <= ceiling <= pace.ceiling * self.sudden
+        gap = min(2 * pace.gap, self.rarest) if calm else pace.gap // 2
+        always = pace.steps <= self.first or math.isfinite(pace.limit)
+        gap = 1 if always else max(1, gap)
+        return replace(
+            pace, slope=slope, bend=bend, ceiling=ceiling, gap=gap, look=pace.steps + gap - 1
+        )
+
+    def tried(self, pace: Pace, lr: float, slope: float, bend: float, change: float) -> Pace:
+        """After a step of this length was tried and the loss on its own batch changed so.
+
+        The loss must not bend more than the model. A limit is twice as high.
+        """
+        limit = 2 * pace.limit
+        pace = replace(pace, limit=limit if limit < self.highest else math.inf)
+        return self.modelled(pace, slope, max(bend, _bend(lr, slope, change)))
+
+    def failed(self, pace: Pace, lr: float, slope: float, change: float) -> Pace:
+        """After a step of this length was tried and was too bad: one as the parabola wants it.
+
+        It is between a sixteenth and a half as long.
+        """
+        bend = _bend(lr, slope, change)
+        best = -slope / bend if 0 < bend < math.inf else 0.0
+        limit = max(min(max(best, lr / 16), lr / 2), self.lowest * self.distrust)
+        return replace(pace, limit=limit, gap=1, look=pace.steps)
 
     def agreed(self, pace: Pace, agreement: float | None, noise: float = 1.0) -> Pace:
         """One step on. agreement: −⟨gradient, last step⟩ for lr 1; None: there was none."""
@@ -237,21 +275,13 @@ class Pacing:
 
     def lr(self, pace: Pace) -> float:
         """Of the step that is made now."""
-        return pace.trust * min(pace.lr, max(pace.ceiling, self.lowest))
-
-    def judged(self, pace: Pace, actual: float, predicted: float) -> Pace:
-        """After a step whose change of the loss on its own batch is known."""
-        kept = actual / predicted if predicted < 0 else math.nan
-        if kept < 0.25:
-            return replace(pace, trust=max(pace.trust / 2, self.distrust))
-        if kept > 0.75:
-            return replace(pace, trust=min(1.0, 1.5 * pace.trust))
-        return pace
-
-    def failed(self, pace: Pace) -> Pace:
-        """After a step that was taken back."""
-        return replace(pace, trust=max(pace.trust / 4, self.distrust))
+        return min(pace.lr, max(pace.ceiling, self.lowest), pace.limit)
 
     def midway(self) -> Pace:
         """To begin with where Newton's steps have gone before."""
         return Pace(lr=self.usual)
+
+
+def _bend(lr: float, slope: float, change: float) -> float:
+    """The second derivative of the parabola with this slope, and this change after a step."""
+    return 2 * (change - lr * slope) / lr**2

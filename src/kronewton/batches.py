@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,18 @@ from torch import Tensor
 from kronewton.part import Part
 from kronewton.quadratic import QuadraticModel, Term
 from kronewton.replay import Replayer, versions
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of a step that was tried on its own batch, per batch and not per part.
+
+    bend: Σ δ'Λδ with δ what the step changed in the criterion's input: Δ'CΔ, but for the model's
+    own bend on the way. NaN where the model could not be run there.
+    """
+
+    loss: float
+    bend: float
 
 
 class Batches:
@@ -59,21 +72,45 @@ class Batches:
             output = self.replayer.run(part.call, part.path, tensors)
             return output if part.bridge is None else part.bridge.push(output)
 
-    def loss_with(self, parts: Sequence[Part], tensors: Sequence[Tensor] | None) -> float:
-        """The loss of the step's batch with other parameters, or with those of now."""
-        total = 0.0
+    def _run(
+        self, parts: Sequence[Part], tensors: Sequence[Tensor] | None
+    ) -> tuple[float, list[tuple[Part, Tensor]]]:
+        """The loss with such parameters, and what every part's criterion is given there.
+
+        Infinite, and no part, where the model or a criterion refuses it.
+        """
+        total, found = 0.0, []
         for part in parts:
             if part.call is not None and part.weight is not None:
                 try:
-                    output = self._output(part, tensors)
-                    with self.unwatched():
-                        loss = part.criterion(output, *part.targets)
-                    total += part.sign * float(part.weight * loss)
+                    with part.call.precision():
+                        output = self._output(part, tensors)
+                        with self.unwatched():
+                            loss = part.criterion(output, *part.targets)
                 except torch.OutOfMemoryError:
                     raise
                 except (ValueError, RuntimeError, ArithmeticError, AssertionError):
-                    return math.inf  # the model's own checks refuse it: too far
-        return total
+                    return math.inf, []  # the model's own checks: too far
+                total += part.sign * float(part.weight * loss)
+                found.append((part, output))
+        return total, found
+
+    def loss_with(self, parts: Sequence[Part], tensors: Sequence[Tensor] | None) -> float:
+        """The loss of the step's batch with other parameters, or with those of now."""
+        return self._run(parts, tensors)[0]
+
+    def tried(self, parts: Sequence[Part], step: Sequence[Tensor]) -> Trial:
+        """What a step would come to: one forward pass, the parameters stay as they are."""
+        there = torch._foreach_add(self.replayer.parameters(), list(step))
+        loss, found = self._run(parts, there)
+        bend = 0.0 if found else math.nan
+        for part, output in found:
+            assert part.weight is not None
+            change = output - part.output
+            curved = part.curvature().product(change)
+            inner = torch.dot(change.flatten().to(curved.dtype), curved.flatten())
+            bend += float(part.weight * inner)
+        return Trial(loss, bend)
 
 
 def loss_of(parts: Sequence[Part]) -> float:
@@ -101,7 +138,7 @@ def rounding(parts: Sequence[Part]) -> float:
 
 def same_loss(parts: Sequence[Part]) -> float:
     """The relative difference of two losses that rounding alone may make."""
-    # The model is run again in full precision, whatever autocast made of its output.
+    # Of the same batch in another order, whose sums are taken in half precision.
     half = [torch.finfo(p.output.dtype).eps for p in parts if p.output.dtype.itemsize == 2]
     return max([rounding(parts), *half])
 

@@ -203,7 +203,12 @@ class Watcher:
         training = [m.training for m in model.modules()] if self.replays else None
         buffers = self._changing.kept() if self.replays else []
         given_versions = versions((args, kwargs))
-        self._open.append(ModelCall(args, kwargs, state, given_versions, training, buffers))
+        device = _device(args, kwargs)
+        half = torch.is_autocast_enabled(device)
+        autocast = (device, torch.get_autocast_dtype(device)) if half else None
+        self._open.append(
+            ModelCall(args, kwargs, state, given_versions, training, buffers, autocast)
+        )
         oldest = self._forward - STRAY_FORWARDS
         if self.calls and self.calls[0].forward <= oldest:
             self.calls = [call for call in self.calls if call.forward > oldest]

@@ -51,6 +51,9 @@ HOW = ("", TURNED, ENTRIES)  # a layer's matrix can be seen
 ENTRIES_DECAY = 0.95  # of running squares of gradients, at least
 RESTLESS_MEMORY = 20  # sides
 LEAST = 1e-10  # of the scale over the largest that there was
+EIGEN = 4  # products of d×d matrices, that an eigendecomposition costs as much as
+EARLY = 4  # bases' prices in each of the first steps
+PAYS = 3  # steps that are to cost a layer as much as the new basis in one of them
 
 
 def due(step: int, every: int) -> bool:
@@ -87,6 +90,7 @@ class Curvature:
         self.factors: dict[str, Factors] = {}  # of a term
         self.inverses: dict[str, Inverse] = {}  # of a layer
         self.moments: dict[str, Moments] = {}  # of a layer, in basis "adam"
+        self.rows: dict[str, int] = {}  # of a layer, in the last batch that was learnt from
         self._batch: dict[str, Sequence[Observation]] = {}  # what was learnt in this step
         self.largest = 0.0  # of all scales so far
         self.scale = 0.0  # mean eigenvalue of all blocks together, in units of the loss
@@ -134,6 +138,7 @@ class Curvature:
         """
         self._sound = self.scale, self.largest
         for term, found in observations.items():
+            self.rows[layer_of(term)] = sum(math.prod(stats.a.counts) for stats, _ in found)
             seen = self._shared(term, found)
             seen = seen if rows is None else thinned(seen, rows, turn)
             sides = self.factors[term].sides if term in self.factors else self.sides(term)
@@ -221,16 +226,19 @@ class Curvature:
         some = {layer_of(term) for term in self.factors}
         return [name for name in self.layers if name in some]
 
-    def refresh(self, names: Collection[str], damping: float) -> None:
+    def refresh(
+        self, names: Collection[str], damping: float, turn: tuple[int, int] = (0, 1)
+    ) -> None:
         """Invert again, for the named layers and for those that have no inverse yet.
 
+        turn: the step, and how many there are from one renewal to the next.
         An inversion that fails leaves the last good inverse in place and is counted; without one
         NotPositiveDefinite is raised, but for normalised steps, which need no basis.
         """
         for name in self.known:
             if name in names or not self._up_to_date(name):
                 try:
-                    self._refresh_layer(name, damping)
+                    self._refresh_layer(name, damping, turn)
                 except NotPositiveDefinite:
                     self.failed += 1
                     if name not in self.inverses and self.basis != ADAM:
@@ -243,10 +251,10 @@ class Curvature:
         pair = isinstance(self.inverses.get(name), (PairInverse, ExactPairInverse))
         return name in self.inverses and pair == (len(self.terms(name)) == 2)
 
-    def _refresh_layer(self, name: str, damping: float) -> None:
+    def _refresh_layer(self, name: str, damping: float, turn: tuple[int, int]) -> None:
         terms = self.terms(name)
         if self.basis == ADAM:
-            new = self._common_basis(name)
+            new = self._common_basis(name, turn)
             if name in self.moments and self.moments[name].m.shape != new.s.shape:
                 del self.moments[name]  # its rows can be seen now: its entries had no basis
             if name in self.moments:
@@ -294,7 +302,7 @@ class Curvature:
         make = pair_inverse if self.basis == "factored" else exact_pair
         return make(first, second, damping, name)
 
-    def _common_basis(self, name: str) -> EigenInverse:
+    def _common_basis(self, name: str, turn: tuple[int, int]) -> EigenInverse:
         """One eigenbasis for all terms of a layer, on the sides of its own matrix."""
         products = [
             oriented(f.B.mean, f.A.mean, f.sides, t.endswith(TURNED))
@@ -303,7 +311,9 @@ class Curvature:
         ]
         one = of_both(products[0], products[1]) if len(products) == 2 else products[0]
         old = self._eigen(name)
-        new = renewed(one, old, name)
+        run = 3 * self.rows.get(name, 0) * one.P.shape[-1] * one.Q.shape[-1]
+        worth = [_worth(M, run, *turn) for M in (one.Q, one.P)]
+        new = renewed(one, old, name, worth)
         if old is not None:
             for before, now in ((old.U_A, new.U_A), (old.U_B, new.U_B)):
                 if now.shape[-1] > SMALL and now.numel():
@@ -377,6 +387,8 @@ class Curvature:
             if factors and name + how in self.chosen:
                 reduced = self.chosen[name + how] == "reduce"
                 kept[f"reduced{how}"] = factors.A.count.new_tensor(float(reduced))
+        if kept and self.basis == ADAM and name in self.rows:
+            kept["seen"] = next(iter(kept.values())).new_tensor(float(self.rows[name]))
         if kept and name in self.inverses:
             kept.update({f"inverse_{k}": t for k, t in self.inverses[name].tensors().items()})
         if name in self.moments:
@@ -396,6 +408,8 @@ class Curvature:
                     if f"{key}_total{how}" in kept
                 }
                 self.factors[term] = Factors(**moments, sides=self.sides(term))
+        if "seen" in kept:
+            self.rows[name] = int(kept["seen"])
         inverse = {k.removeprefix("inverse_"): t for k, t in kept.items() if "inverse_" in k}
         if inverse:
             self.inverses[name] = self._restored(name, inverse)
@@ -425,6 +439,19 @@ class Curvature:
         return ExactPairInverse(
             Product(kept["P1"], kept["Q1"], first), Product(kept["P2"], kept["Q2"], turned), near
         )
+
+
+def _worth(M: Tensor, run: int, step: int, every: int) -> bool:
+    """Whether it is worth an eigendecomposition to renew the basis of a side that is due.
+
+    A layer with few rows, or few numbers on its other side, is run (forward, and backward in two
+    products) in far less time than that takes. It is to cost the layer a third of what its own
+    steps cost in between; in the first ones, when it changes most, many times as much.
+    """
+    price = EIGEN * M.numel() * M.shape[-1] / max(1, run)
+    if step < every:
+        return step == 0 or EARLY * step >= price
+    return step // every % max(1, math.ceil(PAYS * price / every)) == 0
 
 
 def layer_of(term: str) -> str:

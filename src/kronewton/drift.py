@@ -6,6 +6,8 @@ have become in it, which a few columns show for a small part of an eigendecompos
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,9 +23,12 @@ FLOOR = 1e-4  # of the mean eigenvalue: below it correlations mean nothing
 TINY = 1e-30
 
 
-def renewed(product: Product, old: EigenInverse | None, name: str) -> EigenInverse:
+def renewed(
+    product: Product, old: EigenInverse | None, name: str, worth: Sequence[bool] = (True, True)
+) -> EigenInverse:
     """An eigenbasis of P ⊗ Q: of each side the old one while it serves, or the side's own axes.
 
+    worth: whether a new one is worth its price, of the input's side and of the output's.
     Raises NotPositiveDefinite, naming the layer, if a factor is not finite.
     """
     of_input = of_output = None
@@ -31,17 +36,25 @@ def renewed(product: Product, old: EigenInverse | None, name: str) -> EigenInver
         of_input = (old.sides.input, old.U_A, old.s.sum(-2))
         of_output = (old.sides.output, old.U_B, old.s.sum(-1))
     on_input, s_A, U_A = _side(
-        product.Q, product.sides.input, of_input, f"the input factor A of layer '{name}'"
+        product.Q, product.sides.input, of_input, f"the input factor A of layer '{name}'", worth[0]
     )
     on_output, s_B, U_B = _side(
-        product.P, product.sides.output, of_output, f"the gradient factor B of layer '{name}'"
+        product.P,
+        product.sides.output,
+        of_output,
+        f"the gradient factor B of layer '{name}'",
+        worth[1],
     )
     s = s_B.unsqueeze(-1) * s_A.unsqueeze(-2)
     return EigenInverse(U_A, U_B, s, Sides(on_input, on_output))
 
 
 def _side(
-    M: Tensor, structure: Structure, old: tuple[Structure, Tensor, Tensor] | None, what: str
+    M: Tensor,
+    structure: Structure,
+    old: tuple[Structure, Tensor, Tensor] | None,
+    what: str,
+    worth: bool,
 ) -> tuple[Structure, Tensor, Tensor]:
     """How the basis of a side is stored, its eigenvalues and its vectors."""
     diagonal = structure.diagonal(M)
@@ -53,7 +66,7 @@ def _side(
         if old is not None and old[0] == structure:
             _, U, s = old
             s = s * (diagonal.sum(-1) / s.sum(-1).clamp_min(TINY)).unsqueeze(-1)
-            if float(drift(structure, M, U, s)) < TOLERATED:
+            if not worth or float(drift(structure, M, U, s)) < TOLERATED:
                 return structure, s, U
     s, U = structure.eigen(M, what)
     return structure, s, U

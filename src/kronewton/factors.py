@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,11 +108,8 @@ def _thinned(stats: Statistics, rows: int, turn: int) -> Statistics:
     tiles = N // count
     # What tiles leave over is at the end in one round, and at the beginning in the next.
     start = turn % tiles * count + turn // tiles % 2 * (N % count)
-    stop = start + count
-    # B is a sum over examples: the fewer stand for all.
-    b = stats.b[..., start:stop, :, :] * math.sqrt(N / count)
-    weights = stats.weights if stats.weights.dim() == 0 else stats.weights[start:stop]
-    return replace(stats, a=stats.a.some(start, stop), b=b, weights=weights)
+    cut = _cut(stats, start, start + count)
+    return replace(cut, b=cut.b * math.sqrt(N / count))  # a sum over examples: fewer stand for all
 
 
 def batch_factors(observations: Sequence[Observation], sides: Sides = PLAIN) -> Factors:
@@ -208,22 +204,21 @@ def _same_everywhere(b: Tensor) -> bool:
 def _halves(
     observations: Sequence[Observation], count: int
 ) -> tuple[list[Observation], list[Observation]]:
-    """Every second of the first examples of a batch, and the others; one example is both."""
-    examples = [
-        (replace(stats, **_example(stats, n)), part)
-        for stats, part in observations
-        for n in range(min(count, stats.a.counts[0]))
-    ][:count]
-    return (examples, examples) if len(examples) == 1 else (examples[::2], examples[1::2])
+    """Of the first examples of a batch one half and the other; one example is both."""
+    left, right = [], []
+    for stats, part in observations:
+        of_part = min(stats.a.counts[0], max(1, count // len(observations)))
+        left.append((_cut(stats, 0, -(-of_part // 2)), part))
+        right.append((_cut(stats, of_part // 2, of_part), part))
+    return left, right
 
 
-def _example(stats: Statistics, n: int) -> dict[str, Any]:
-    weights = stats.weights if stats.weights.dim() == 0 else stats.weights[n : n + 1]
-    return {
-        "a": stats.a.some(n, n + 1),
-        "b": stats.b[..., n : n + 1, :, :],
-        "weights": weights,
-    }
+def _cut(stats: Statistics, start: int, stop: int) -> Statistics:
+    """The rows of some of the examples."""
+    weights = stats.weights if stats.weights.dim() == 0 else stats.weights[start:stop]
+    return replace(
+        stats, a=stats.a.some(start, stop), b=stats.b[..., start:stop, :, :], weights=weights
+    )
 
 
 def best_factors(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kronewton.inverse import EigenInverse
+from kronewton.structure import DIAGONAL, Structure
 
 FIRST_DECAY, SECOND_DECAY = 0.8, 0.95
 LEAST = 1e-5  # of a layer's root mean square: a coordinate's gradient below counts as this
@@ -39,22 +40,34 @@ class Moments:
         return (self.m / root.add_(least)).mul_(corrected)
 
     def turn_(self, old: EigenInverse | None, new: EigenInverse) -> None:
-        """Carry m into a new basis. v is left: bases change little, and it forgets in 20 steps."""
+        """Carry both into a new basis: m as it is, v as if its coordinates were uncorrelated."""
         if old is None:
             self.m = new.rotate(self.m)
             return
         dtype = new.s.dtype  # the model may have been cast since
         self.m, self.v = self.m.to(dtype), self.v.to(dtype)
         if new.U_A is not old.U_A:
-            own = old.sides.input.rotate_rows_back(self.m, old.U_A.to(dtype))
-            self.m = new.sides.input.rotate_rows(own, new.U_A)
+            before, now, U = old.sides.input, new.sides.input, old.U_A.to(dtype)
+            self.m = now.rotate_rows(before.rotate_rows_back(self.m, U), new.U_A)
+            self.v = _carried(self.v.mT, before, U, now, new.U_A).mT
         if new.U_B is not old.U_B:
-            own = old.sides.output.rotate_back(old.U_B.to(dtype), self.m)
-            self.m = new.sides.output.rotate(new.U_B, own)
+            before, now, U = old.sides.output, new.sides.output, old.U_B.to(dtype)
+            self.m = now.rotate(new.U_B, before.rotate_back(U, self.m))
+            self.v = _carried(self.v, before, U, now, new.U_B)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that must be saved."""
         return {"m": self.m, "v": self.v, "steps": self.m.new_tensor(float(self.steps))}
+
+
+def _carried(v: Tensor, before: Structure, U: Tensor, now: Structure, V: Tensor) -> Tensor:
+    """Mean squares v (…, d, e) in the basis U, carried into V; either may be a side's own axes."""
+    if before == now:
+        return now.carry(v, U, V)
+    axes = torch.eye(v.shape[-2], dtype=v.dtype, device=v.device)
+    if before == DIAGONAL:
+        return now.carry(v, now.of_dense(axes), V)
+    return before.carry(v, U, before.of_dense(axes))
 
 
 def restored(kept: Mapping[str, Tensor]) -> Moments:

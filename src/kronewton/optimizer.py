@@ -354,14 +354,13 @@ class KFAC(Optimizer):
             planner.search(parts, gradient)
             names = self._curvature.known  # the search leaves inverses of its last trial
         factor_every, inverse_every = planner.intervals()
-        names = names or due_in_turn(
-            planner.age(self._steps), inverse_every, list(self._curvature.layers)
-        )
+        age = planner.age(self._steps)
+        names = names or due_in_turn(age, inverse_every, list(self._curvature.layers))
         plan, made = None, False
         if not planner.searching:
             damping = 0.0 if planner.settings is None else planner.settings.inverse_damping
             failed = self._curvature.failed
-            self._curvature.refresh(names, damping)
+            self._curvature.refresh(names, damping, (age, inverse_every))
             if self._curvature.failed > failed:
                 self._drop_damaged()
             plan = planner.plan(self._steps, parts, gradient, self._previous)
@@ -370,6 +369,8 @@ class KFAC(Optimizer):
             self._skip(NO_CURVATURE)
         elif plan is None or not all_finite([*plan.direction, *plan.refinement]):
             self._skip()
+        elif not plan.made:
+            self._plan, self._previous = plan, None
         else:
             self._plan = plan
             judged = planner.judges(self._steps, parts, plan)

@@ -56,17 +56,16 @@ RENEWALS = {  # steps between renewals of factors and of inverses, by what is kn
     "refined": (1, 4),  # no noise, and a step that costs several products deserves fresh factors
 }
 ROWS = 256  # of a layer, that are enough of a batch where factors run over many
-CALM, CALM_RENEWALS = 0.5, (8, 10)  # below this share of sides whose basis had drifted, measured
+CALM, CALM_RENEWALS = 0.5, (16, 16)  # below this share of sides whose basis had drifted, measured
 DECAY, QUIET_DECAY = 0.95, 0.5  # of running factors, where averages make up for noise and not
 TRIAL_EVERY, NOISY_TRIAL_EVERY = 5, 20  # steps between trials of γ, which cost inversions
 ADAPT_EVERY = 5  # steps between decisions on λ, which cost a forward pass
 REFINED_DROP = 0.5  # of λ a step, where the model is all but solved in every one
-LISTEN_EVERY = 20  # steps between measurements of the noise while steps are normalised
-FIRST_STEPS, MODEL_EVERY = 10, 5  # normalised steps that each are modelled and judged, then between
-LATER, LATER_EVERY = 50, 20  # normalised steps from which it is asked more rarely
+EARLY = 20  # normalised steps that gain so much that noise above zero says nothing
 STALLED = 0.02  # of the loss: a Newton step that gains less counts its noise for more
 FAR_WORSE = 0.1  # of the loss's unit: what a normalised step may lose before it is taken back
 PROMISING = 0.006  # the ceiling from which the first steps are normalised
+TRIALS = 4  # of a normalised step, each a quarter as long as the one before
 RAISE = 10  # λ after a step that is taken back
 
 
@@ -81,6 +80,7 @@ class Plan:
     refined: int = 0  # directions that it took
     predicted: float = math.nan  # by the quadratic model, where there is one
     shortened: float = 1.0  # by the trust region
+    made: bool = True  # False: nothing that was tried was good enough
 
 
 @dataclass(frozen=True)
@@ -178,16 +178,14 @@ class Planner:
         self.curvature.refresh((), 0.0)
         direction = [t.neg() for t in self.steering.normalised(FIRST_DECAY)]
         self.curvature.moments.clear()  # this gradient comes again
-        try:
-            model = self.batches.quadratic(parts)
-            found = model.subspace(gradient, [model.line(direction)])
-            pace = self.pacing.modelled(Pace(), found.slope[0], found.bend([1.0]))
-        except MissingProducts:
-            pace = Pace(ceiling=0.0)
-        promising = pace.ceiling >= PROMISING
-        if not promising:
+        pace = Pace(ceiling=0.0)
+        with contextlib.suppress(MissingProducts):
+            pace = self._bounded(Pace(), parts, gradient, direction)
+        if pace.ceiling < PROMISING:
             self.curvature.change_basis(self.options.first_basis)
-        return promising
+            return False
+        self.pace = replace(pace, look=0)
+        return True
 
     def direct(self, damping: float) -> list[Tensor]:
         """d = −(B ⊗ A + damping·I)⁻¹ g, times the group's lr where that is a number."""
@@ -265,7 +263,7 @@ class Planner:
                 # Where Newton's steps gain little they are not worth their price.
                 self.noise *= max(1.0, STALLED * abs(after) / max(abs(change), 1e-30))
             # Far from a minimum every step gains much; only the very same batch says something.
-            telling = self.noise == 0 or self.pace.steps >= LISTEN_EVERY
+            telling = self.noise == 0 or self.pace.steps >= EARLY
             if self.normalising and self.settings is not None and telling:
                 self.settings = self.rule.heard(self.settings, self.noise)
         self.outcome = None
@@ -361,7 +359,8 @@ class Planner:
         self, parts: Sequence[Part], gradient: Tensor, previous: list[Tensor] | None
     ) -> Plan | None:
         """A step of Adam in the eigenbases, at the pace of the rule."""
-        if not math.isfinite(float(torch.dot(gradient, gradient))):  # it would stay in the moments
+        # What is not finite would stay in the moments.
+        if not math.isfinite(float(torch.dot(gradient, gradient)) + loss_of(parts)):
             return None
         options = self.options
         decay = FIRST_DECAY if isinstance(options.momentum, str) else float(options.momentum)
@@ -369,23 +368,65 @@ class Planner:
         if options.lr != AUTO:
             self.pace = replace(self.pace, steps=self.pace.steps + 1)
             return Plan(direction, 1.0, 0.0)
-        found, count = None, self.pace.steps + 1
-        every = MODEL_EVERY if count < LATER else LATER_EVERY
-        if (count <= FIRST_STEPS or count % every == 0) and self.models(parts):
-            try:
-                model = self.batches.quadratic(parts)
-                found = model.subspace(gradient, [model.line(direction)])
-                self.pace = self.pacing.modelled(self.pace, found.slope[0], found.bend([1.0]))
-            except MissingProducts:
-                pass
+        looking = self.pacing.looks(self.pace) and self.models(parts)
+        if looking and math.isinf(self.pace.ceiling):
+            with contextlib.suppress(MissingProducts):
+                self.pace = self._bounded(self.pace, parts, gradient, direction)
         agreement = None
         if previous is not None and self.pace.steps:
             agreement = -float(torch.dot(gradient, flattened(previous))) / self.lr
         noise = self.rule.assumed if self.settings is None else self.settings.noise
         self.pace = self.pacing.agreed(self.pace, agreement, noise)
+        if looking:
+            return self._tried_out(parts, gradient, direction)
         self.lr = self.pacing.lr(self.pace)
-        predicted = math.nan if found is None else found.value([self.factor * self.lr], 0.0)
+        return Plan(direction, self.lr, 0.0)
+
+    def _bounded(
+        self, pace: Pace, parts: Sequence[Part], gradient: Tensor, direction: list[Tensor]
+    ) -> Pace:
+        """The pace within what the batch's exact model allows along a direction."""
+        model = self.batches.quadratic(parts)
+        found = model.subspace(gradient, [model.line(direction)])
+        return self.pacing.modelled(pace, found.slope[0], found.bend([1.0]))
+
+    def _tried_out(self, parts: Sequence[Part], gradient: Tensor, direction: list[Tensor]) -> Plan:
+        """A step of the rule's length, tried on its own batch before it is made.
+
+        The change of the model's output in it gives the quadratic model along the step, at the
+        scale that counts. Where the step is bad it is tried shorter, and not made if all are.
+        """
+        slope, before = float(torch.dot(gradient, flattened(direction))), loss_of(parts)
+        factor = self.factor if 0 < self.factor < math.inf else 1.0
+        for _ in range(TRIALS):
+            lr = self.pacing.lr(self.pace)
+            length = factor * lr
+            trial = self.batches.tried(parts, torch._foreach_mul(direction, length))
+            change = trial.loss - before
+            promised = length * slope + 0.5 * trial.bend
+            if self._bearable(change, promised, before, parts):
+                break
+            self.pace = self.pacing.failed(self.pace, lr, factor * slope, change)
+            self.undone += 1
+        else:
+            return Plan(direction, 0.0, 0.0, made=False)
+        self.pace = self.pacing.tried(self.pace, length, slope, trial.bend / length**2, change)
+        self.lr = min(lr, self.pacing.lr(self.pace))
+        if self.lr == lr:
+            self.outcome = (trial.loss, change)
+        share = self.lr / lr
+        predicted = share * length * slope + 0.5 * share**2 * trial.bend
         return Plan(direction, self.lr, 0.0, predicted=predicted)
+
+    def _bearable(
+        self, change: float, promised: float, before: float, parts: Sequence[Part]
+    ) -> bool:
+        """Whether a normalised step may change the loss of its own batch so."""
+        # One step on one batch may well be uphill where it is noise; not by so much.
+        most = max(abs(before), FAR_WORSE * weight_of(parts))
+        if self.pace.steps <= self.pacing.first and promised < 0:
+            most = -promised
+        return change <= most
 
     def _refined_step(
         self, model: QuadraticModel, gradient: Tensor, found: Candidate, parts: Sequence[Part]
@@ -540,11 +581,7 @@ class Planner:
 
     def judges(self, step: int, parts: Sequence[Part], plan: Plan) -> bool:
         """Whether the step of this plan will be judged, so that it may have to be taken back."""
-        if self.normalising:
-            count = self.pace.steps
-            listening = count <= FIRST_STEPS or count % LISTEN_EVERY == 0
-            return self.options.lr == AUTO and self.models(parts) and listening
-        if self.options.damping != AUTO or math.isnan(plan.predicted):
+        if self.normalising or self.options.damping != AUTO or math.isnan(plan.predicted):
             return False
         # Where curvature is nearly gone promises are small against the loss's unit, or more than
         # there is to gain.
@@ -559,18 +596,6 @@ class Planner:
         """Ask the rule. False if the step is so bad that it must be taken back."""
         before, after = loss_of(parts), self.batches.loss_with(parts, None)
         change = after - before
-        if self.normalising:
-            # One step on one batch may well be uphill where it is noise; not by so much.
-            fine = change <= max(abs(before), FAR_WORSE * weight_of(parts))
-            if self.pace.steps <= FIRST_STEPS and plan.predicted < 0:
-                fine = change <= -plan.predicted
-            if fine:
-                self.outcome = (after, change)
-                self.pace = self.pacing.judged(self.pace, change, plan.predicted)
-            else:
-                self.pace = self.pacing.failed(self.pace)
-                self.undone += 1
-            return fine
         assert self.settings is not None
         shown = rounding(parts) * abs(before)
         if abs(plan.predicted) <= shown and abs(change) <= shown:

@@ -105,10 +105,18 @@ class ModelCall:
     versions: list[int] | None = None  # of the arguments, None: not to be checked
     training: list[bool] | None = None  # of every module, None: as it is now
     buffers: Buffers = field(default_factory=list)  # that the call itself changed, as before it
+    autocast: tuple[str, torch.dtype] | None = None  # around the call: device type and precision
 
     def intact(self) -> bool:
         """Whether the arguments still hold the batch: a loop may load the next one into them."""
         return self.versions is None or self.versions == versions((self.args, self.kwargs))
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """The autocast of the call, without its cache: that holds what the weights were."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        device, dtype = self.autocast
+        return torch.autocast(device, dtype, cache_enabled=False)
 
 
 @dataclass(frozen=True, eq=False)

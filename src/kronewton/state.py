@@ -20,7 +20,7 @@ from kronewton.layers import ENTRIES, TURNED, Layer
 from kronewton.planner import Planner
 from kronewton.structure import DENSE, DIAGONAL, side_of
 
-VERSION = 5
+VERSION = 6
 NOT_OF_LAYERS = ("previous", "generator", "scalars", *SAVED)  # in a parameter's part of the state
 PREFIX = "kfac_"  # in front of every key of ours, beside those of the fallback
 SCALARS = (
@@ -45,11 +45,13 @@ SCALARS = (
     "partial",
     "pace",
     "ceiling",
+    "limit",
     "slope",
     "bend",
     "square",
     "paced",
-    "trust",
+    "look",
+    "gap",
     "restless",
 )
 
@@ -91,11 +93,13 @@ def planner_scalars(planner: Planner) -> dict[str, float | None]:
         "lr": planner.lr,
         "pace": planner.pace.lr,
         "ceiling": planner.pace.ceiling,
+        "limit": planner.pace.limit,
         "slope": planner.pace.slope,
         "bend": planner.pace.bend,
         "square": planner.pace.square,
         "paced": planner.pace.steps,
-        "trust": planner.pace.trust,
+        "look": planner.pace.look,
+        "gap": planner.pace.gap,
         "restless": planner.curvature.restless,
     }
 
@@ -121,15 +125,17 @@ def restore_planner(planner: Planner, numbers: Mapping[str, float | None]) -> No
 
 
 def _pace(numbers: Mapping[str, float | None]) -> Pace:
-    lr, ceiling, trust = numbers["pace"], numbers["ceiling"], numbers["trust"]
+    lr, ceiling, limit = (numbers[k] for k in ("pace", "ceiling", "limit"))
     return Pace(
         math.nan if lr is None else lr,
         math.inf if ceiling is None else ceiling,
+        math.inf if limit is None else limit,
         numbers["slope"] or 0.0,
         numbers["bend"] or 0.0,
         numbers["square"] or 0.0,
         int(numbers["paced"] or 0),
-        1.0 if trust is None else trust,
+        int(numbers["look"] or 0),
+        int(numbers["gap"] or 0),
     )
 
 
