@@ -117,4 +117,4 @@ def test_bases_are_renewed_as_often_as_they_pay():
     assert all(_worth(M, cheap, step, 10) for step in (0, 1, 2, 4, 8, *times))
     assert not any(_worth(M, dear, step, 10) for step in (1, 2, 4, 8))
     found = [step for step in times if _worth(M, dear, step, 10)]
-    assert found == [0, *range(820, 4000, 820)]
+    assert found == [0, *range(500, 4000, 500)]

@@ -287,3 +287,22 @@ def test_a_layer_without_a_batch_descends_scaled_by_the_others():
     curvature, G = running("eigen"), torch.randn(2, 3)
     curvature.scale = 2.0
     torch.testing.assert_close(curvature.apply("0", G, 0.5), G / 2.5)
+
+
+def test_halves_of_a_batch_have_no_example_in_common_but_an_odd_middle_one():
+    def numbers(half):
+        return [float(v) for stats, _ in half for v in stats.a.dense(0, 9)[..., 0, 0]]
+
+    def one(first: int, count: int):
+        rows = torch.arange(first, first + count, dtype=torch.float64).reshape(count, 1, 1)
+        b, weight = torch.ones(1, count, 1, 1), torch.ones(())
+        return Statistics(DenseRows(rows), b, weight, 1, 1), torch.ones(())
+
+    whole = [numbers(h) for h in factors_module._halves([one(0, 6)], 32)]
+    assert whole == [[0, 1, 2], [3, 4, 5]]
+    assert [numbers(h) for h in factors_module._halves([one(0, 5)], 32)] == [[0, 1, 2], [2, 3, 4]]
+    assert [numbers(h) for h in factors_module._halves([one(k, 1) for k in range(6)], 4)] == [
+        [0, 2],
+        [1, 3],
+    ]
+    assert [numbers(h) for h in factors_module._halves([one(0, 1)], 32)] == [[0], [0]]

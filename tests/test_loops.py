@@ -193,6 +193,30 @@ def test_a_batch_that_is_run_again_is_run_in_the_precision_of_its_forward(dtype)
     assert again.bend == 0
 
 
+def test_a_criterion_outside_autocast_is_tried_outside_it(monkeypatch):
+    """As on an accelerator, where BCELoss refuses autocast."""
+    seen = []
+
+    class Picky(nn.Module):
+        def forward(self, output: Tensor, target: Tensor) -> Tensor:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return nn.functional.binary_cross_entropy(output, target)
+
+    torch.manual_seed(0)
+    model, criterion = nn.Sequential(nn.Linear(16, 1), nn.Sigmoid()), Picky()
+    optimizer = KFAC(model, criterion, basis="adam")
+    x, y = torch.randn(64, 16), torch.randint(0, 2, (64, 1)).float()
+    for _ in range(3):
+        optimizer.zero_grad()
+        with torch.autocast("cpu"):
+            output = model(x)
+        criterion(output.float(), y).backward()
+        with torch.autocast("cpu"):  # nor does the step's own surrounding count
+            optimizer.step()
+    assert not any(seen)
+    assert len(seen) > 5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_under_autocast_the_loss_is_within_five_per_cent(name, dtype):

@@ -184,8 +184,8 @@ class Pace:
 class Pacing:
     """The length of normalised steps, from two measurements.
 
-    The batch's exact quadratic model along the step has its minimum at −slope/bend: the ceiling is
-    that, times a `share`. Slope and bend are averaged apart, for their ratio is what noise
+    The batch's quadratic model along the step has its minimum at −slope/bend: the ceiling is that,
+    times a `share`. Slope and bend are averaged apart, for their ratio is what noise
     distorts, and the model of now may only lower it.
     Below it, from the highest down, the agreement of successive steps decides (Riedmiller & Braun
     1993, of the whole step): where the new gradient still wants the last step, lr grows, where it
@@ -236,21 +236,22 @@ class Pacing:
             pace, slope=slope, bend=bend, ceiling=ceiling, gap=gap, look=pace.steps + gap - 1
         )
 
-    def tried(self, pace: Pace, lr: float, slope: float, bend: float, change: float) -> Pace:
-        """After a step of this length was tried and the loss on its own batch changed so.
+    def tried(self, pace: Pace, slope: float, bend: float, eased: bool = True) -> Pace:
+        """After a step was tried and was good: its slope and its bend, for lr 1.
 
-        The loss must not bend more than the model. A limit is twice as high.
+        The bend is the larger one of the outputs' and of the loss's. A limit is twice as high, if
+        there was none in this step.
         """
-        limit = 2 * pace.limit
+        limit = 2 * pace.limit if eased else pace.limit
         pace = replace(pace, limit=limit if limit < self.highest else math.inf)
-        return self.modelled(pace, slope, max(bend, _bend(lr, slope, change)))
+        return self.modelled(pace, slope, bend)
 
     def failed(self, pace: Pace, lr: float, slope: float, change: float) -> Pace:
         """After a step of this length was tried and was too bad: one as the parabola wants it.
 
         It is between a sixteenth and a half as long.
         """
-        bend = _bend(lr, slope, change)
+        bend = 2 * (change - lr * slope) / lr / lr
         best = -slope / bend if 0 < bend < math.inf else 0.0
         limit = max(min(max(best, lr / 16), lr / 2), self.lowest * self.distrust)
         return replace(pace, limit=limit, gap=1, look=pace.steps)
@@ -280,8 +281,3 @@ class Pacing:
     def midway(self) -> Pace:
         """To begin with where Newton's steps have gone before."""
         return Pace(lr=self.usual)
-
-
-def _bend(lr: float, slope: float, change: float) -> float:
-    """The second derivative of the parabola with this slope, and this change after a step."""
-    return 2 * (change - lr * slope) / lr**2

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kronewton.part import Part
 from kronewton.quadratic import QuadraticModel, Term
-from kronewton.replay import Replayer, versions
+from kronewton.replay import Autocast, Replayer, versions
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,10 @@ class Batches:
         for part in parts:
             if part.call is not None and part.weight is not None:
                 try:
-                    with part.call.precision():
+                    with _as(part.call.autocast):
                         output = self._output(part, tensors)
-                        with self.unwatched():
-                            loss = part.criterion(output, *part.targets)
+                    with _as(part.autocast), self.unwatched():
+                        loss = part.criterion(output, *part.targets)
                 except torch.OutOfMemoryError:
                     raise
                 except (ValueError, RuntimeError, ArithmeticError, AssertionError):
@@ -111,6 +112,10 @@ class Batches:
             inner = torch.dot(change.flatten().to(curved.dtype), curved.flatten())
             bend += float(part.weight * inner)
         return Trial(loss, bend)
+
+
+def _as(autocast: Autocast | None) -> AbstractContextManager[Any]:
+    return nullcontext() if autocast is None else autocast.again()
 
 
 def loss_of(parts: Sequence[Part]) -> float:

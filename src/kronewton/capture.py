@@ -34,6 +34,7 @@ from kronewton.replay import (
     Inner,
     ModelCall,
     Path,
+    autocast_of,
     compiled,
     leaves,
     random_state,
@@ -203,11 +204,9 @@ class Watcher:
         training = [m.training for m in model.modules()] if self.replays else None
         buffers = self._changing.kept() if self.replays else []
         given_versions = versions((args, kwargs))
-        device = _device(args, kwargs)
-        half = torch.is_autocast_enabled(device)
-        autocast = (device, torch.get_autocast_dtype(device)) if half else None
+        precision = autocast_of(_device(args, kwargs))
         self._open.append(
-            ModelCall(args, kwargs, state, given_versions, training, buffers, autocast)
+            ModelCall(args, kwargs, state, given_versions, training, buffers, precision)
         )
         oldest = self._forward - STRAY_FORWARDS
         if self.calls and self.calls[0].forward <= oldest:
@@ -389,6 +388,7 @@ class Watcher:
     ) -> Part | None:
         fixed = tuple(t.detach() if isinstance(t, Tensor) else t for t in targets)
         part = Part(criterion, output.detach(), fixed, versions(fixed))
+        part.autocast = autocast_of(output.device.type)
         self._resolve()
         self._locate(part, output)
         found = self._backpropagate(part, output) if self.capturing else self._indirect

@@ -53,6 +53,7 @@ RESTLESS_MEMORY = 20  # sides
 LEAST = 1e-10  # of the scale over the largest that there was
 EIGEN = 4  # products of d×d matrices, that an eigendecomposition costs as much as
 EARLY = 4  # bases' prices in each of the first steps
+RAREST = 50  # dues of a basis, of which one at least is heard
 PAYS = 3  # steps that are to cost a layer as much as the new basis in one of them
 
 
@@ -137,8 +138,9 @@ class Curvature:
         enough of a layer, None for all; turn: which ones, see `thinned`.
         """
         self._sound = self.scale, self.largest
+        self.rows.update(dict.fromkeys(map(layer_of, observations), 0))
         for term, found in observations.items():
-            self.rows[layer_of(term)] = sum(math.prod(stats.a.counts) for stats, _ in found)
+            self.rows[layer_of(term)] += sum(math.prod(stats.a.counts) for stats, _ in found)
             seen = self._shared(term, found)
             seen = seen if rows is None else thinned(seen, rows, turn)
             sides = self.factors[term].sides if term in self.factors else self.sides(term)
@@ -311,12 +313,13 @@ class Curvature:
         ]
         one = of_both(products[0], products[1]) if len(products) == 2 else products[0]
         old = self._eigen(name)
-        run = 3 * self.rows.get(name, 0) * one.P.shape[-1] * one.Q.shape[-1]
+        run = 3 * self.rows.get(name, 0) * self.factors[self.terms(name)[0]].size
         worth = [_worth(M, run, *turn) for M in (one.Q, one.P)]
         new = renewed(one, old, name, worth)
         if old is not None:
-            for before, now in ((old.U_A, new.U_A), (old.U_B, new.U_B)):
-                if now.shape[-1] > SMALL and now.numel():
+            sides = ((old.U_A, new.U_A, worth[0]), (old.U_B, new.U_B, worth[1]))
+            for before, now, asked in sides:
+                if asked and now.shape[-1] > SMALL and now.numel():
                     drifted = float(now is not before)
                     self.restless += (drifted - self.restless) / RESTLESS_MEMORY
         return new
@@ -451,7 +454,8 @@ def _worth(M: Tensor, run: int, step: int, every: int) -> bool:
     price = EIGEN * M.numel() * M.shape[-1] / max(1, run)
     if step < every:
         return step == 0 or EARLY * step >= price
-    return step // every % max(1, math.ceil(PAYS * price / every)) == 0
+    times = min(math.ceil(PAYS * price / every), RAREST)
+    return step // every % max(1, times) == 0
 
 
 def layer_of(term: str) -> str:

@@ -204,13 +204,21 @@ def _same_everywhere(b: Tensor) -> bool:
 def _halves(
     observations: Sequence[Observation], count: int
 ) -> tuple[list[Observation], list[Observation]]:
-    """Of the first examples of a batch one half and the other; one example is both."""
-    left, right = [], []
-    for stats, part in observations:
-        of_part = min(stats.a.counts[0], max(1, count // len(observations)))
-        left.append((_cut(stats, 0, -(-of_part // 2)), part))
-        right.append((_cut(stats, of_part // 2, of_part), part))
-    return left, right
+    """Of the first examples of a batch one half and the other, equally large; one is both.
+
+    The middle one of an odd number is in both halves. Parts of one example are in one in turn.
+    """
+    left: list[Observation] = []
+    right: list[Observation] = []
+    for stats, part in observations[:count]:
+        n = min(stats.a.counts[0], max(1, count // len(observations)))
+        if n == 1 and len(observations) > 1:
+            half = left if len(left) <= len(right) else right
+            half.append((_cut(stats, 0, 1), part))
+            continue
+        left.append((_cut(stats, 0, -(-n // 2)), part))
+        right.append((_cut(stats, n // 2, n), part))
+    return left, right or left
 
 
 def _cut(stats: Statistics, start: int, stop: int) -> Statistics:

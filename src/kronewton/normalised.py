@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kronewton.inverse import EigenInverse
-from kronewton.structure import DIAGONAL, Structure
+from kronewton.structure import DENSE, DIAGONAL, Structure
 
 FIRST_DECAY, SECOND_DECAY = 0.8, 0.95
 LEAST = 1e-5  # of a layer's root mean square: a coordinate's gradient below counts as this
@@ -40,12 +40,15 @@ class Moments:
         return (self.m / root.add_(least)).mul_(corrected)
 
     def turn_(self, old: EigenInverse | None, new: EigenInverse) -> None:
-        """Carry both into a new basis: m as it is, v as if its coordinates were uncorrelated."""
-        if old is None:
-            self.m = new.rotate(self.m)
-            return
+        """Carry both into a new basis: m exactly, v as if its coordinates were uncorrelated."""
         dtype = new.s.dtype  # the model may have been cast since
         self.m, self.v = self.m.to(dtype), self.v.to(dtype)
+        if old is None:
+            axes = self.v.new_zeros(0)
+            self.m = new.rotate(self.m)
+            self.v = _carried(self.v.mT, DIAGONAL, axes, new.sides.input, new.U_A).mT
+            self.v = _carried(self.v, DIAGONAL, axes, new.sides.output, new.U_B)
+            return
         if new.U_A is not old.U_A:
             before, now, U = old.sides.input, new.sides.input, old.U_A.to(dtype)
             self.m = now.rotate_rows(before.rotate_rows_back(self.m, U), new.U_A)
@@ -64,10 +67,10 @@ def _carried(v: Tensor, before: Structure, U: Tensor, now: Structure, V: Tensor)
     """Mean squares v (…, d, e) in the basis U, carried into V; either may be a side's own axes."""
     if before == now:
         return now.carry(v, U, V)
-    axes = torch.eye(v.shape[-2], dtype=v.dtype, device=v.device)
-    if before == DIAGONAL:
-        return now.carry(v, now.of_dense(axes), V)
-    return before.carry(v, U, before.of_dense(axes))
+    if {before, now} != {DENSE, DIAGONAL}:  # a side has become another one: its size is kept
+        return v.mean(-2, keepdim=True).expand_as(v).clone()
+    squares = V.square().mT if before == DIAGONAL else U.square()
+    return squares @ v
 
 
 def restored(kept: Mapping[str, Tensor]) -> Moments:

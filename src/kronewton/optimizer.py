@@ -77,6 +77,11 @@ NO_CURVATURE = (
     f"{LOOK}, and for a loss that is constant, linear or concave in the model's output: "
     "fisher='empirical' asks for no curvature of the loss.",
 )
+NOT_BEARABLE = (
+    "every length that was tried made the loss of its own batch far worse, or was refused by the "
+    "model or the loss",
+    "Look at whether the loss has a minimum, and whether it is a function of the batch alone.",
+)
 PARTIAL = "before its state was saved this training had a loss with terms that were not watched"
 NOWHERE = "(no layer)"
 DECAY_UNIT = 1e-3  # weight decay of an automatic step: AdamW's at its usual learning rate
@@ -108,8 +113,8 @@ class KFAC(Optimizer):
     refine: the dial from K-FAC (0) to the exact damped Gauss-Newton step: so many conjugate-
         gradient directions, preconditioned by K-FAC, over all parameters together; fewer once two
         in a row lower the quadratic model by less than `refine_tolerance` of its value.
-    curvature_batches: how many of the last batches make up the quadratic model's curvature; they
-        are not saved with the state.
+    curvature_batches: how many of the last batches make up the quadratic model's curvature, of
+        Newton's steps; they are not saved with the state.
     basis: "factored" (π-damped factors), "eigen" ((B ⊗ A + damping·I)⁻¹ exactly), "corrected"
         (the same with the exact block's diagonal in that basis, EKFAC) or "adam" (Adam's moments in
         that basis: normalised steps, undamped; momentum is the first one's decay). "auto" goes
@@ -234,7 +239,13 @@ class KFAC(Optimizer):
                 self._curvature,
                 Replayer(model, self._parameters),
                 self._watcher.paused,
-                Steering(self._precondition, self._scaled, self._gradients, self._normalise),
+                Steering(
+                    self._precondition,
+                    self._scaled,
+                    self._gradients,
+                    self._normalise,
+                    self._made,
+                ),
             )
         rest = [p for p in all_parameters if id(p) not in self._place]
         self._fallback = self._make_fallback(rest)
@@ -334,7 +345,8 @@ class KFAC(Optimizer):
             )
         planner.look_back(parts)
         seen = by_layer((part.statistics, part.weight) for part in parts)
-        self._curvature.learn(seen, planner.decay(), planner.rows(), self._steps)
+        turn = self._steps // planner.intervals()[0]  # others of its examples in every capture
+        self._curvature.learn(seen, planner.decay(), planner.rows(), turn)
         require_own_parameters([*self._layers, *self._guests], self._place)
         if watcher.capturing:
             layers = [layer for layer in self._layers if not self._curvature.terms(layer.name)]
@@ -371,6 +383,7 @@ class KFAC(Optimizer):
             self._skip()
         elif not plan.made:
             self._plan, self._previous = plan, None
+            self._skip(NOT_BEARABLE)
         else:
             self._plan = plan
             judged = planner.judges(self._steps, parts, plan)
@@ -493,6 +506,18 @@ class KFAC(Optimizer):
                     alpha=factor,
                 )
 
+    def _made(self, direction: Sequence[Tensor], lr: float) -> list[Tensor]:
+        """What a step of this length changes in the parameters, all things considered."""
+        found = [torch.zeros_like(d) for d in direction]
+        for group in self.param_groups:
+            factor = float(group["lr"]) if self.options.lr == AUTO else 1.0
+            shrink = self._shrink(group)
+            for p in group["params"]:
+                i = self._place.get(id(p))
+                if i is not None and p.grad is not None:
+                    found[i] = direction[i] * (lr * factor) - shrink * p.detach()
+        return found
+
     def _take_back(self, kept: Sequence[Tensor]) -> None:
         """Put copies back: what was added and is subtracted again leaves its rounding behind."""
         torch._foreach_copy_(self._parameters, list(kept))
@@ -519,11 +544,15 @@ class KFAC(Optimizer):
         """Shrink the weights once."""
         for group in self.param_groups:
             if group["weight_decay"]:
-                unit = DECAY_UNIT if self.options.lr == AUTO else 1.0
-                factor = 1 - float(group["lr"]) * unit * group["weight_decay"]
+                factor = 1 - self._shrink(group)
                 for p in group["params"]:
                     if id(p) in self._place and p.grad is not None:
                         p.mul_(factor)
+
+    def _shrink(self, group: Mapping[str, Any]) -> float:
+        """The part of a group's weights that a step takes away."""
+        unit = DECAY_UNIT if self.options.lr == AUTO else 1.0
+        return unit * float(group["lr"]) * float(group["weight_decay"])
 
     def _drop_damaged(self) -> None:
         """Let go of what is kept and is not finite: the next batch starts it afresh."""

@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge
 
 from kronewton.layers import Layer, Seen
 from kronewton.losses import OutputCurvature, curvature
-from kronewton.replay import Bridge, ModelCall, Path
+from kronewton.replay import Autocast, Bridge, ModelCall, Path
 from kronewton.types import Rows, Statistics
 
 
@@ -51,6 +51,7 @@ class Part:
     weight: Tensor | None = None  # (), None until a gradient has arrived
     statistics: dict[str, list[Statistics]] = field(default_factory=dict)
     expected: dict[int, Tensor] = field(default_factory=dict)  # by output: gradient of the loss
+    autocast: Autocast | None = None  # around the criterion
     sign: float = 1.0  # -1 where the criterion is maximised
     _at: OutputCurvature | None = None
 

@@ -63,10 +63,10 @@ ADAPT_EVERY = 5  # steps between decisions on λ, which cost a forward pass
 REFINED_DROP = 0.5  # of λ a step, where the model is all but solved in every one
 EARLY = 20  # normalised steps that gain so much that noise above zero says nothing
 STALLED = 0.02  # of the loss: a Newton step that gains less counts its noise for more
-FAR_WORSE = 0.1  # of the loss's unit: what a normalised step may lose before it is taken back
+FAR_WORSE = 0.1  # of the loss's unit: what a normalised step may lose and not be tried shorter
 PROMISING = 0.006  # the ceiling from which the first steps are normalised
-TRIALS = 4  # of a normalised step, each a quarter as long as the one before
-RAISE = 10  # λ after a step that is taken back
+TRIALS = 4  # of one normalised step, each shorter than the one before
+RAISE = 10  # λ after a step of Newton's that is taken back
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ class Steering:
     scaled: Callable[[Sequence[Tensor]], list[Tensor]]  # by the groups' lr, where it is a number
     gradients: Callable[[], list[Tensor]]
     normalised: Callable[[float], list[Tensor]]  # m/√v in the eigenbases; decay of m → all layers
+    made: Callable[[Sequence[Tensor], float], list[Tensor]]  # what a step changes in the parameters
 
 
 class Planner:
@@ -135,7 +136,7 @@ class Planner:
         self.undone = self.broken = 0
         self.partial = False  # the criteria are not the whole loss: no model of a part decides
         self.factor = 1.0  # of an automatic step, by the groups' lr; NaN: not the same for all
-        self.lr = 0.0  # of the last step that the quadratic model planned
+        self.lr = 0.0  # of the last step whose length was chosen here
 
     @property
     def normalising(self) -> bool:
@@ -156,6 +157,8 @@ class Planner:
         if not self.options.may_normalise:
             return False
         if self.settings is None:
+            if not bool(torch.isfinite(gradient).all()):
+                return False
             known = self.curvature.scale > 0 and self.models(parts)
             if not (known and self._promising(parts, gradient)):
                 return False
@@ -396,26 +399,36 @@ class Planner:
         The change of the model's output in it gives the quadratic model along the step, at the
         scale that counts. Where the step is bad it is tried shorter, and not made if all are.
         """
-        slope, before = float(torch.dot(gradient, flattened(direction))), loss_of(parts)
-        factor = self.factor if 0 < self.factor < math.inf else 1.0
+        before, shorter = loss_of(parts), False
         for _ in range(TRIALS):
             lr = self.pacing.lr(self.pace)
-            length = factor * lr
-            trial = self.batches.tried(parts, torch._foreach_mul(direction, length))
+            step = self.steering.made(direction, lr)
+            along = float(torch.dot(gradient, flattened(step)))
+            if along == 0:  # the groups' lr is zero: there is nothing to try
+                self.lr = lr
+                return Plan(direction, lr, 0.0)
+            trial = self.batches.tried(parts, step)
             change = trial.loss - before
-            promised = length * slope + 0.5 * trial.bend
+            promised = along + 0.5 * trial.bend
             if self._bearable(change, promised, before, parts):
                 break
-            self.pace = self.pacing.failed(self.pace, lr, factor * slope, change)
+            self.pace, shorter = self.pacing.failed(self.pace, lr, along / lr, change), True
             self.undone += 1
         else:
             return Plan(direction, 0.0, 0.0, made=False)
-        self.pace = self.pacing.tried(self.pace, length, slope, trial.bend / length**2, change)
+        # What the loss cannot show is no curvature.
+        shown = abs(change - along) > same_loss(parts) * abs(before)
+        bend = max(trial.bend, 2 * (change - along)) if shown else trial.bend
+        # The groups' lr shorten whatever the model wants.
+        length = lr * (self.factor if 0 < self.factor < math.inf else 1.0)
+        self.pace = self.pacing.tried(
+            self.pace, along / length, bend / length / length, eased=not shorter
+        )
         self.lr = min(lr, self.pacing.lr(self.pace))
         if self.lr == lr:
             self.outcome = (trial.loss, change)
         share = self.lr / lr
-        predicted = share * length * slope + 0.5 * share**2 * trial.bend
+        predicted = share * along + 0.5 * share**2 * trial.bend
         return Plan(direction, self.lr, 0.0, predicted=predicted)
 
     def _bearable(

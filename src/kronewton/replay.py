@@ -96,6 +96,28 @@ def _bag(
 
 
 @dataclass(frozen=True)
+class Autocast:
+    """torch's autocast as it was around a call, to call again in it."""
+
+    device: str  # a type
+    dtype: torch.dtype
+    enabled: bool
+
+    def again(self) -> contextlib.AbstractContextManager[Any]:
+        """Without its cache, which holds what the weights were."""
+        return torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False)
+
+
+def autocast_of(device: str) -> Autocast | None:
+    """What is on now; None where this type of device has no autocast."""
+    if not torch.amp.is_autocast_available(device):
+        return None
+    return Autocast(
+        device, torch.get_autocast_dtype(device), bool(torch.is_autocast_enabled(device))
+    )
+
+
+@dataclass(frozen=True)
 class ModelCall:
     """One call of the model: its arguments and the random state that it started from."""
 
@@ -105,18 +127,11 @@ class ModelCall:
     versions: list[int] | None = None  # of the arguments, None: not to be checked
     training: list[bool] | None = None  # of every module, None: as it is now
     buffers: Buffers = field(default_factory=list)  # that the call itself changed, as before it
-    autocast: tuple[str, torch.dtype] | None = None  # around the call: device type and precision
+    autocast: Autocast | None = None  # around the call
 
     def intact(self) -> bool:
         """Whether the arguments still hold the batch: a loop may load the next one into them."""
         return self.versions is None or self.versions == versions((self.args, self.kwargs))
-
-    def precision(self) -> contextlib.AbstractContextManager[Any]:
-        """The autocast of the call, without its cache: that holds what the weights were."""
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        device, dtype = self.autocast
-        return torch.autocast(device, dtype, cache_enabled=False)
 
 
 @dataclass(frozen=True, eq=False)
