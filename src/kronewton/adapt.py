@@ -194,10 +194,10 @@ class Pacing:
     where a step still gains more than two batches differ, and lr keeps to `least` of the ceiling
     where that is not above `steady`.
     A model of the outputs knows nothing of what bends the loss beyond it. So a step is tried on its
-    batch before it is made, now and then, and the parabola through the loss here, its slope and the
-    loss there is a second bound. Trials are in each of the `first` steps, then rarer by a factor of
-    two whenever the ceiling has changed by less than a factor of `sudden`, and less rare when by
-    more; `rarest` steps apart at most.
+    batch before it is made, now and then, and where little of what was promised comes, the parabola
+    through the loss here, its slope and the loss there takes the model's place. Trials are in each
+    of the `first` steps, then rarer by a factor of two whenever the ceiling has changed by less
+    than a factor of `sudden`, and less rare when by more; `rarest` steps apart at most.
     """
 
     share: float = 1.0
@@ -239,8 +239,7 @@ class Pacing:
     def tried(self, pace: Pace, slope: float, bend: float, eased: bool = True) -> Pace:
         """After a step was tried and was good: its slope and its bend, for lr 1.
 
-        The bend is the larger one of the outputs' and of the loss's. A limit is twice as high, if
-        there was none in this step.
+        A limit is twice as high, unless it is of this very step.
         """
         limit = 2 * pace.limit if eased else pace.limit
         pace = replace(pace, limit=limit if limit < self.highest else math.inf)

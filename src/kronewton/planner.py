@@ -65,6 +65,7 @@ EARLY = 20  # normalised steps that gain so much that noise above zero says noth
 STALLED = 0.02  # of the loss: a Newton step that gains less counts its noise for more
 FAR_WORSE = 0.1  # of the loss's unit: what a normalised step may lose and not be tried shorter
 PROMISING = 0.006  # the ceiling from which the first steps are normalised
+UNKEPT = 0.25  # of what the model promised of a normalised step: with less, the loss's own bend
 TRIALS = 4  # of one normalised step, each shorter than the one before
 RAISE = 10  # λ after a step of Newton's that is taken back
 
@@ -416,9 +417,10 @@ class Planner:
             self.undone += 1
         else:
             return Plan(direction, 0.0, 0.0, made=False)
-        # What the loss cannot show is no curvature.
+        # Where the loss itself bends far more; what it cannot show is no curvature.
         shown = abs(change - along) > same_loss(parts) * abs(before)
-        bend = max(trial.bend, 2 * (change - along)) if shown else trial.bend
+        steeper = shown and change > UNKEPT * promised
+        bend = max(trial.bend, 2 * (change - along)) if steeper else trial.bend
         # The groups' lr shorten whatever the model wants.
         length = lr * (self.factor if 0 < self.factor < math.inf else 1.0)
         self.pace = self.pacing.tried(
