@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 import kronewton as kn
 from kronewton.adapt import Fixed, LevenbergMarquardt, Pace, Pacing, Settings
+from kronewton.batches import Trial, loss_of
 from kronewton.errors import KronewtonWarning, NotPositiveDefinite, OptionError, StateError
 from kronewton.inverse import eigen_basis
 from kronewton.normalised import FIRST_DECAY, SECOND_DECAY, Moments
 from kronewton.pair import Product, of_both
 from kronewton.planner import TRIALS
+from kronewton.quadratic import flattened
 from kronewton.structure import DENSE, DIAGONAL, Blocks, Sides
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -558,3 +560,31 @@ def test_captures_learn_from_all_quarters_of_a_batch_in_turn(monkeypatch):
     )
     training(40, noisy, basis="adam")
     assert {turn % 4 for turn in turns} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(("kept", "own_bend"), [(0.2, True), (0.3, False)])
+def test_where_little_of_the_promise_comes_the_losses_own_bend_is_the_ceiling(
+    monkeypatch, kept, own_bend
+):
+    optimizer, *_ = training(3, noisy, basis="adam")
+    planner, seen = optimizer._planner, {}
+
+    def tried(parts, step):
+        flat = torch.cat([t.reshape(-1) for t in step])
+        along = float(torch.dot(flattened(optimizer._gradients()), flat))
+        seen["along"], seen["change"] = along, kept * 0.9 * along  # with the bend 0.9 is promised
+        return Trial(loss_of(parts) + seen["change"], -0.2 * along)
+
+    monkeypatch.setattr(planner.batches, "tried", tried)
+    monkeypatch.setattr(
+        Pacing,
+        "tried",
+        lambda self, pace, slope, bend, eased: seen.update(bend=bend / slope) or pace,
+    )
+    model, (x, y) = planner.replayer.model, noisy(9)
+    optimizer.zero_grad()
+    optimizer._watcher.criteria[0](model(x), y).backward()
+    optimizer.step()
+    # As a share of slope·lr: the outputs' −0.2, or the parabola's 2(change − along)/along.
+    expected = 2 * (kept * 0.9 - 1) if own_bend else -0.2
+    assert seen["bend"] * planner.lr == pytest.approx(expected, rel=1e-6)
