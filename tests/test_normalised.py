@@ -381,6 +381,24 @@ def test_a_normalised_step_that_loses_far_too_much_is_made_shorter():
     assert float(criterion(model(x), y).detach()) < 2 * float(before.detach())
 
 
+def test_a_limit_that_a_step_has_just_got_is_not_doubled_by_its_own_shorter_trial(monkeypatch):
+    optimizer, *_ = training(3, noisy, basis="adam")
+    planner = optimizer._planner
+    planner.pace, lengths, model, (x, y) = Pace(lr=0.05), [], planner.replayer.model, noisy(9)
+
+    def tried(parts, step):
+        lengths.append(float(sum(t.abs().sum() for t in step)))
+        return Trial(math.inf if len(lengths) == 1 else loss_of(parts), 1e-3)
+
+    monkeypatch.setattr(planner.batches, "tried", tried)
+    monkeypatch.setattr(planner, "_bounded", lambda pace, *_: replace(pace, ceiling=0.05))
+    optimizer.zero_grad()
+    optimizer._watcher.criteria[0](model(x), y).backward()
+    optimizer.step()
+    assert lengths[1] == pytest.approx(lengths[0] / 16)
+    assert planner.pace.limit == pytest.approx(0.05 / 16)
+
+
 def test_a_step_of_which_every_trial_is_bad_is_not_made_and_leaves_the_weights():
     class Picky(nn.Linear):
         """Refuses all weights but its first."""
