@@ -10,13 +10,13 @@ from torch import nn
 
 import kronewton as kn
 from kronewton.adapt import Settings
+from kronewton.plan import Plan
 from kronewton.planner import (
     CALM_RENEWALS,
     DECAY,
     QUIET_DECAY,
     RAISE,
     RENEWALS,
-    Plan,
     Planner,
 )
 

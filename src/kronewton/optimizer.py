@@ -50,7 +50,8 @@ from kronewton.options import (
     plain,
 )
 from kronewton.part import Part
-from kronewton.planner import Plan, Planner, Steering
+from kronewton.plan import Plan, Steering
+from kronewton.planner import Planner
 from kronewton.quadratic import Vector, flattened
 from kronewton.replay import Replayer
 from kronewton.state import (
@@ -244,7 +245,7 @@ class KFAC(Optimizer):
                     self._scaled,
                     self._gradients,
                     self._normalise,
-                    self._made,
+                    self._change,
                 ),
             )
         rest = [p for p in all_parameters if id(p) not in self._place]
@@ -506,7 +507,7 @@ class KFAC(Optimizer):
                     alpha=factor,
                 )
 
-    def _made(self, direction: Sequence[Tensor], lr: float) -> list[Tensor]:
+    def _change(self, direction: Sequence[Tensor], lr: float) -> list[Tensor]:
         """What a step of this length changes in the parameters, all things considered."""
         found = [torch.zeros_like(d) for d in direction]
         for group in self.param_groups:

@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from kronewton.errors import NotPositiveDefinite
 from kronewton.normalised import FIRST_DECAY
 from kronewton.options import AUTO, Options
 from kronewton.part import Part
+from kronewton.plan import Candidate, Plan, Steering
 from kronewton.quadratic import (
     Dial,
     Line,
@@ -38,7 +39,6 @@ from kronewton.quadratic import (
     QuadraticModel,
     Refinement,
     Subspace,
-    Vector,
     flattened,
     unflattened,
 )
@@ -68,49 +68,6 @@ PROMISING = 0.006  # the ceiling from which the first steps are normalised
 UNKEPT = 0.25  # of what the model promised of a normalised step: with less, the loss's own bend
 TRIALS = 4  # of one normalised step, each shorter than the one before
 RAISE = 10  # λ after a step of Newton's that is taken back
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A step before it is made: Δ = lr·direction + momentum·(previous step) + refinement."""
-
-    direction: list[Tensor]
-    lr: float
-    momentum: float
-    refinement: Sequence[Tensor] = ()  # what the dial adds, if anything
-    refined: int = 0  # directions that it took
-    predicted: float = math.nan  # by the quadratic model, where there is one
-    shortened: float = 1.0  # by the trust region
-    made: bool = True  # False: nothing that was tried was good enough
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A K-FAC direction and the quadratic model on what is searched with it.
-
-    Either the span of the direction and the previous step, or, with `mixed` above zero, the one
-    line `direction + mixed·(previous step)`.
-    """
-
-    direction: list[Tensor]
-    lines: list[Line]
-    subspace: Subspace
-    mixed: float = 0.0
-
-    def coefficients(self, x: Sequence[float]) -> tuple[float, float]:
-        """Of the direction and of the previous step, for a point x of the subspace."""
-        return x[0], x[0] * self.mixed if self.mixed else [*x, 0.0][1]
-
-
-@dataclass(frozen=True)
-class Steering:
-    """What the planner may ask of the optimizer."""
-
-    precondition: Callable[[Vector, float], list[Tensor]]  # (B ⊗ A + damping·I)⁻¹ v, all layers
-    scaled: Callable[[Sequence[Tensor]], list[Tensor]]  # by the groups' lr, where it is a number
-    gradients: Callable[[], list[Tensor]]
-    normalised: Callable[[float], list[Tensor]]  # m/√v in the eigenbases; decay of m → all layers
-    made: Callable[[Sequence[Tensor], float], list[Tensor]]  # what a step changes in the parameters
 
 
 class Planner:
@@ -403,7 +360,7 @@ class Planner:
         before, shorter = loss_of(parts), False
         for _ in range(TRIALS):
             lr = self.pacing.lr(self.pace)
-            step = self.steering.made(direction, lr)
+            step = self.steering.change(direction, lr)
             along = float(torch.dot(gradient, flattened(step)))
             if along == 0:  # the groups' lr is zero: there is nothing to try
                 self.lr = lr
