@@ -58,8 +58,9 @@ def test_moments_add_sums_and_counts():
 
 def test_decay_keeps_the_mean_and_weighs_what_comes_next():
     old, new = Moment(torch.tensor(6.0), torch.tensor(2.0)), Moment(ONE * 10, ONE)
-    assert float(old.decayed(0.3).mean) == pytest.approx(3.0)
-    assert float((old.decayed(0.5) + new).mean) == pytest.approx((3 + 10) / 2)
+    nothing = Moment(ONE * 0, ONE * 0)
+    assert float(nothing.after(old, 0.3).mean) == pytest.approx(3.0)
+    assert float(new.after(old, 0.5).mean) == pytest.approx((3 + 10) / 2)
 
 
 def test_running_average_is_corrected_for_its_start():
@@ -175,10 +176,10 @@ def test_a_part_of_weight_c_scales_b_and_leaves_the_mean_of_a():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_one_bad_number_anywhere_is_found(side, bad):
     stats = statistics()
-    assert bool(batch_factors([(stats, ONE)]).finite())
+    assert batch_factors([(stats, ONE)]).found() == (True, True)
     rows = stats.a.dense() if side == "a" else stats.b
     rows.view(-1)[1] = bad
-    assert not bool(batch_factors([(stats, ONE)]).finite())
+    assert not batch_factors([(stats, ONE)]).found()[0]
 
 
 # Corrected eigenvalues.

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from cases import CASES, PLAIN, Case
 from kronewton.layers import KINDS, Call, DenseRows, Layer, convolution, find_layers, kind_of
-from kronewton.layers import linear as linear_module
 from kronewton.layers.base import rows_of, with_bias_entry
-from kronewton.rows import gradient_of
+from kronewton.rows import gradient_of, with_mask
 from kronewton.structure import DENSE, DIAGONAL, Blocks
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -176,7 +175,7 @@ def test_an_output_size_asked_for_in_the_call_is_followed():
 
 def test_mutant_without_the_bias_column_is_caught(monkeypatch):
     layer, x = linear(("weight", "bias")), torch.randn(4, 3)
-    monkeypatch.setattr(linear_module, "with_bias_entry", lambda rows: rows)
+    monkeypatch.setattr("kronewton.layers.base.with_bias_entry", lambda rows: rows)
     a = layer.kind.input_rows(layer, x, torch.Size((4, 2))).dense()
     G = layer.kind.matrix(layer, layer.parameters())
     assert a.shape[-1] != G.shape[-1]
@@ -193,6 +192,52 @@ def test_the_bias_entry_is_the_last_and_one():
     assert rows.shape == (2, 3, 5)
     assert rows[..., -1].eq(1).all()
     assert rows[..., :-1].eq(0).all()
+
+
+def test_rows_whose_bias_entry_is_not_laid_out_are_those_that_have_it():
+    x, shares = torch.randn(3, 4, 2), torch.rand(3, 4)
+    lazy, laid = DenseRows(x, bias=True), DenseRows(with_bias_entry(x))
+    assert (lazy.counts, lazy.width) == (laid.counts, laid.width)
+    for one, other in (
+        (lazy, laid),
+        (lazy.some(1, 3), laid.some(1, 3)),
+        (lazy.averaged(), laid.averaged()),
+        (lazy.averaged(shares), laid.averaged(shares)),
+    ):
+        torch.testing.assert_close(one.dense(), other.dense())
+        torch.testing.assert_close(one.second_moment(), other.second_moment())
+    weights = torch.rand(3, 4)
+    torch.testing.assert_close(lazy.second_moment(weights), laid.second_moment(weights))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Conv1d(2, 3, 3, stride=2, padding=1),
+        nn.Conv2d(4, 2, (3, 2), stride=(2, 1), padding=1, dilation=(1, 2), groups=2),
+        nn.Conv3d(1, 2, 2, bias=False),
+    ],
+)
+def test_windows_averaged_axis_by_axis_are_the_mean_of_all(module):
+    trained = ("weight",) if module.bias is None else ("weight", "bias")
+    layer = Layer("conv", module, kind_of(module), trained)
+    x = torch.randn(5, module.in_channels, *[9, 7, 6][: len(module.kernel_size)])
+    rows = layer.kind.input_rows(layer, x, module(x).shape)
+    torch.testing.assert_close(rows.averaged().dense(), rows.dense().mean(-2, keepdim=True))
+
+
+def test_masked_examples_weigh_the_same_said_by_example_or_by_position():
+    alive = torch.ones(4, 3, dtype=torch.bool)
+    alive[1] = False
+    weights = torch.tensor([1.0, 2.0, 0.0, 4.0])
+    for given in (weights.unsqueeze(1).expand(4, 3), torch.tensor(2.0)):
+        found = with_mask(given, alive)
+        spread = given.expand(4, 3).clone()  # the same, one number for each position
+        torch.testing.assert_close(found, with_mask(spread, alive))
+        assert found.stride(1) == 0
+        assert not found[1].any()
+    alive[2, 1] = False
+    assert with_mask(torch.tensor(2.0), alive)[2].tolist() == [2, 0, 2]
 
 
 # Finding layers.

@@ -470,7 +470,7 @@ class Watcher:
         for call, at in zip(wanted.calls, wanted.of_calls, strict=True):
             found = [gradients[at] for gradients in rows]
             if all(any(g is not None for g in draw) for draw in found):
-                b = torch.stack([call.rows(draw) for draw in found], -4)  # (…, V, N, S, d_out)
+                b = _side_by_side([call.rows(draw) for draw in found])
                 reached.setdefault(call.term, []).append((call, b))
         alone = {
             layer.name: [own_gradient(layer, draw, wanted.place) for draw in rows]
@@ -532,9 +532,9 @@ class Watcher:
         N, S = call.a.counts
         w = row_weights(weights, N, S)
         if call.seen.present is not None:
-            w = with_mask(w, call.seen.present & (b != 0).any(-1).any(0))
+            w = with_mask(w, call.seen.present & _alive(b))
         elif S > 1 and not call.layer.kind.sums(call.layer) and b.dim() == 4:
-            w = with_mask(w, (b != 0).any(-1).any(0))
+            w = with_mask(w, _alive(b))
         return Statistics(call.a, b, w, weights.numel() // N if weights.dim() else 0, call.forward)
 
     # What arrives in the user's own backward pass.
@@ -693,6 +693,19 @@ class _Arrival:
                 self(gradients[place])
 
         return hook
+
+
+def _side_by_side(draws: Sequence[Tensor]) -> Tensor:
+    """Rows (…, N, S, d_out) of several draws as (…, V, N, S, d_out); of one without a copy."""
+    return draws[0].unsqueeze(-4) if len(draws) == 1 else torch.stack(list(draws), -4)
+
+
+def _alive(b: Tensor) -> Tensor:
+    """Of rows b (V, N, S, d_out) those that anything flows back to, (N, S)."""
+    first = (b[..., 0] != 0).any(0)
+    if b.device.type == "cpu" and bool(first.all()):
+        return first  # one entry of each row is enough to tell
+    return (b != 0).any(-1).any(0)
 
 
 def _folded(calls: Sequence[LayerCall], output: Tensor) -> int:

@@ -141,13 +141,13 @@ class Curvature:
         self.rows.update(dict.fromkeys(map(layer_of, observations), 0))
         for term, found in observations.items():
             self.rows[layer_of(term)] += sum(math.prod(stats.a.counts) for stats, _ in found)
-            seen = self._shared(term, found)
-            seen = seen if rows is None else thinned(seen, rows, turn)
+            seen = self._shared(term, found, rows, turn)
             sides = self.factors[term].sides if term in self.factors else self.sides(term)
             batch = self._build(term, seen, sides)
-            if not bool(batch.finite()):
+            finite, curved = batch.found()
+            if not finite:
                 self.dropped += 1
-            elif bool((batch.A.count > 0) & (batch.trace() > 0)):
+            elif curved:
                 # Without curvature (all masked, or a saturated softmax) there is nothing to learn.
                 self._batch[term] = seen
                 # One draw says little about an entry: it takes the average of many.
@@ -164,12 +164,16 @@ class Curvature:
             # Where a loss is all but zero so is its curvature, and dampings must not follow.
             self.scale = max(scale, LEAST * self.largest)
 
-    def _shared(self, term: str, seen: Sequence[Observation]) -> Sequence[Observation]:
-        """The statistics as the term's sharing takes them."""
+    def _shared(
+        self, term: str, seen: Sequence[Observation], rows: int | None, turn: int
+    ) -> Sequence[Observation]:
+        """The statistics as the term's sharing takes them, of as many examples as are enough."""
         several = any(stats.a.counts[1] > 1 for stats, _ in seen)
         if several and self.sharing(term) == "auto":
             self.chosen[term] = nearer_sharing(seen)
-        return all_reduced(seen) if self.sharing(term) == "reduce" else seen
+        reduce = self.sharing(term) == "reduce"
+        seen = seen if rows is None else thinned(seen, rows, turn, reduce)
+        return all_reduced(seen) if reduce else seen
 
     def _build(self, term: str, seen: Sequence[Observation], sides: Sides) -> Factors:
         if self.sharing(term) == "best" and sides.dense:

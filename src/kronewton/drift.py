@@ -60,14 +60,14 @@ def _side(
     diagonal = structure.diagonal(M)
     d = diagonal.shape[-1]
     if d > SMALL and structure != DIAGONAL and bool(torch.isfinite(diagonal).all()):
-        axes = structure.dense(M) if M.dim() == 2 else None
-        if axes is not None and float(_among(axes, diagonal)) < INDEPENDENT:
-            return DIAGONAL, diagonal.clone(), M.new_zeros(0)
         if old is not None and old[0] == structure:
             _, U, s = old
             s = s * (diagonal.sum(-1) / s.sum(-1).clamp_min(TINY)).unsqueeze(-1)
             if not worth or float(drift(structure, M, U, s)) < TOLERATED:
                 return structure, s, U
+        stays = old is not None and old[0] == DIAGONAL and not worth
+        if stays or (M.dim() == 2 and float(_among(structure.dense(M), diagonal)) < INDEPENDENT):
+            return DIAGONAL, diagonal.clone(), M.new_zeros(0)
     s, U = structure.eigen(M, what)
     return structure, s, U
 

@@ -35,9 +35,10 @@ class Moment:
     def __add__(self, other: Moment) -> Moment:
         return Moment(self.total + other.total, self.count + other.count)
 
-    def decayed(self, decay: float) -> Moment:
-        """The same mean, counting less against what comes next."""
-        return Moment(self.total * decay, self.count * decay)
+    def after(self, earlier: Moment, decay: float) -> Moment:
+        """Both together, the earlier one counting less."""
+        total = torch.add(self.total, earlier.total, alpha=decay)
+        return Moment(total, torch.add(self.count, earlier.count, alpha=decay))
 
     @property
     def mean(self) -> Tensor:
@@ -57,20 +58,22 @@ class Factors:
         """The running moments after one more batch."""
         s = self.s
         if batch.s is not None:
-            s = batch.s if s is None else s.decayed(decay) + batch.s
-        return Factors(
-            self.A.decayed(decay) + batch.A, self.B.decayed(decay) + batch.B, s, self.sides
-        )
+            s = batch.s if s is None else batch.s.after(s, decay)
+        A, B = batch.A.after(self.A, decay), batch.B.after(self.B, decay)
+        return Factors(A, B, s, self.sides)
 
     def totals(self) -> list[Tensor]:
         """What is summed up: of A, of B, and of s where it is kept."""
         return [m.total for m in (self.A, self.B, self.s) if m is not None]
 
-    def finite(self) -> Tensor:
-        """Whether every number is finite, as a tensor ()."""
+    def found(self) -> tuple[bool, bool]:
+        """Whether every number is finite, and whether there is any curvature."""
         # Diagonals are enough: a bad entry of a row reaches the diagonal through its square.
         A, B = self._diagonals(self.A.total, self.B.total)
-        return torch.isfinite(A.sum() + B.sum())
+        a, b = A.sum(-1), B.sum(-1)
+        positive = (self.A.count > 0) & ((a * b).sum() > 0)
+        finite, curved = torch.stack([torch.isfinite(a + b).all(), positive]).tolist()  # one wait
+        return finite, curved
 
     def _diagonals(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         return self.sides.input.diagonal(A), self.sides.output.diagonal(B)
@@ -83,26 +86,28 @@ class Factors:
 
     def trace(self) -> Tensor:
         """Trace of B ⊗ A, ()."""
-        A, B = self._diagonals(self.A.mean, self.B.mean)
-        return (A.sum(-1) * B.sum(-1)).sum()
+        A, B = self._diagonals(self.A.total, self.B.total)
+        return ((A.sum(-1) / self.A.count) * (B.sum(-1) / self.B.count)).sum()
 
 
 Observation = tuple[Statistics, Tensor]  # and the weight of its part of the batch in the loss
 Basis = tuple[Tensor, Tensor]  # U_A, U_B
 
 
-def thinned(observations: Sequence[Observation], rows: int, turn: int) -> list[Observation]:
+def thinned(
+    observations: Sequence[Observation], rows: int, turn: int, reduce: bool = False
+) -> list[Observation]:
     """A quarter of every part's examples, but so many as have that many rows; unbiased.
 
     Making the factors then takes a quarter of the time, and where they run over many batches they
-    are as good. turn: which examples, in turn with every batch.
+    are as good. turn: which examples, in turn with every batch. reduce: each will be one row.
     """
-    return [(_thinned(stats, rows, turn), part) for stats, part in observations]
+    return [(_thinned(stats, rows, turn, reduce), part) for stats, part in observations]
 
 
-def _thinned(stats: Statistics, rows: int, turn: int) -> Statistics:
+def _thinned(stats: Statistics, rows: int, turn: int, reduce: bool) -> Statistics:
     N, S = stats.a.counts
-    count = max(math.ceil(N / PART), math.ceil(rows / max(1, S)))
+    count = max(math.ceil(N / PART), math.ceil(rows / (1 if reduce else max(1, S))))
     if count >= N:
         return stats
     tiles = N // count
@@ -156,6 +161,8 @@ def reduced(stats: Statistics) -> Statistics:
     if stats.weights.dim() == 0:
         return replace(stats, a=stats.a.averaged(), b=b, weights=stats.weights * S)
     share = stats.weights.sum(1, keepdim=True)  # (N, 1)
+    if not any(stats.weights.stride()[1:]):  # an example's positions weigh the same
+        return replace(stats, a=stats.a.averaged(), b=b, weights=share)
     safe = torch.where(share > 0, share, torch.ones_like(share))
     a = stats.a.averaged(stats.weights / safe)  # (…, N, 1, d_in)
     return replace(stats, a=a, b=b, weights=share)

@@ -361,14 +361,16 @@ class KFAC(Optimizer):
         gradient = flattened(self._gradients())
         planner.factor = self._common_factor()
         names: Collection[str] = ()
-        if planner.settle(self._steps, parts, gradient):
+        changed = planner.settle(self._steps, parts, gradient)
+        if changed:
             self._previous = None  # of steps of the other kind
         if planner.searching and self._curvature.scale > 0:
             planner.search(parts, gradient)
             names = self._curvature.known  # the search leaves inverses of its last trial
         factor_every, inverse_every = planner.intervals()
         age = planner.age(self._steps)
-        names = names or due_in_turn(age, inverse_every, list(self._curvature.layers))
+        if not changed:  # or they are new, or still to be made, anyway
+            names = names or due_in_turn(age, inverse_every, list(self._curvature.layers))
         plan, made = None, False
         if not planner.searching:
             damping = 0.0 if planner.settings is None else planner.settings.inverse_damping

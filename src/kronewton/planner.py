@@ -64,7 +64,7 @@ REFINED_DROP = 0.5  # of λ a step, where the model is all but solved in every o
 EARLY = 20  # normalised steps that gain so much that noise above zero says nothing
 STALLED = 0.02  # of the loss: a Newton step that gains less counts its noise for more
 FAR_WORSE = 0.1  # of the loss's unit: what a normalised step may lose and not be tried shorter
-PROMISING = 0.006  # the ceiling from which the first steps are normalised
+GLIMPSE = 1e-4  # the pace at which a network's outputs are as good as linear in its step
 UNKEPT = 0.25  # of what the model promised of a normalised step: with less, the loss's own bend
 TRIALS = 4  # of one normalised step, each shorter than the one before
 RAISE = 10  # λ after a step of Newton's that is taken back
@@ -110,16 +110,15 @@ class Planner:
     def settle(self, step: int, parts: Sequence[Part], gradient: Tensor) -> bool:
         """Choose normalised steps or Newton's; True if that is a change.
 
-        First by how far the quadratic model lets a normalised step go, then by the noise.
+        Steps begin as normalised ones, which ask least of the first batch; then the noise decides.
         """
         if not self.options.may_normalise:
             return False
         if self.settings is None:
-            if not bool(torch.isfinite(gradient).all()):
-                return False
             known = self.curvature.scale > 0 and self.models(parts)
-            if not (known and self._promising(parts, gradient)):
+            if not (known and bool(torch.isfinite(gradient).all())):
                 return False
+            self.curvature.change_basis(ADAM)
             self.settings = Settings(math.nan, math.nan, noise=self.rule.assumed)
             return True
         wanted = self.rule.normalises(self.settings, self.normalising)
@@ -127,25 +126,6 @@ class Planner:
             return False
         self.curvature.change_basis(ADAM if wanted else self.options.first_basis)
         self.pace, self.asked = self.pacing.midway(), step
-        return True
-
-    def _promising(self, parts: Sequence[Part], gradient: Tensor) -> bool:
-        """Whether the model lets a first normalised step go far, which changes to their basis.
-
-        Where it does not, some layers' curvature is far above that of others: a common pace is
-        theirs, and Newton's steps, which weigh layers by their curvature, start better.
-        """
-        self.curvature.change_basis(ADAM)
-        self.curvature.refresh((), 0.0)
-        direction = [t.neg() for t in self.steering.normalised(FIRST_DECAY)]
-        self.curvature.moments.clear()  # this gradient comes again
-        pace = Pace(ceiling=0.0)
-        with contextlib.suppress(MissingProducts):
-            pace = self._bounded(Pace(), parts, gradient, direction)
-        if pace.ceiling < PROMISING:
-            self.curvature.change_basis(self.options.first_basis)
-            return False
-        self.pace = replace(pace, look=0)
         return True
 
     def direct(self, damping: float) -> list[Tensor]:
@@ -331,8 +311,7 @@ class Planner:
             return Plan(direction, 1.0, 0.0)
         looking = self.pacing.looks(self.pace) and self.models(parts)
         if looking and math.isinf(self.pace.ceiling):
-            with contextlib.suppress(MissingProducts):
-                self.pace = self._bounded(self.pace, parts, gradient, direction)
+            self.pace = self._bounded(self.pace, parts, gradient, direction)
         agreement = None
         if previous is not None and self.pace.steps:
             agreement = -float(torch.dot(gradient, flattened(previous))) / self.lr
@@ -346,10 +325,20 @@ class Planner:
     def _bounded(
         self, pace: Pace, parts: Sequence[Part], gradient: Tensor, direction: list[Tensor]
     ) -> Pace:
-        """The pace within what the batch's exact model allows along a direction."""
-        model = self.batches.quadratic(parts)
-        found = model.subspace(gradient, [model.line(direction)])
-        return self.pacing.modelled(pace, found.slope[0], found.bend([1.0]))
+        """The pace within what the batch's quadratic model allows along a direction.
+
+        A step so short that the outputs' change is all but their derivative costs one forward pass.
+        In half precision rounding would be most of that change, and forward mode takes its place.
+        """
+        if same_loss(parts) > rounding(parts):
+            with contextlib.suppress(MissingProducts):
+                model = self.batches.quadratic(parts)
+                found = model.subspace(gradient, [model.line(direction)])
+                return self.pacing.modelled(pace, found.slope[0], found.bend([1.0]))
+            return pace
+        slope = float(torch.dot(gradient, flattened(direction)))
+        bend = self.batches.tried(parts, torch._foreach_mul(direction, GLIMPSE)).bend
+        return self.pacing.modelled(pace, slope, bend / GLIMPSE**2)
 
     def _tried_out(self, parts: Sequence[Part], gradient: Tensor, direction: list[Tensor]) -> Plan:
         """A step of the rule's length, tried on its own batch before it is made.

@@ -37,10 +37,15 @@ def with_mask(weights: Tensor, alive: Tensor) -> Tensor:
     A row that the criterion gives no weight but that others depend on (a prompt, through
     attention) is as much there as the average row.
     """
-    # Elsewhere asking would wait for the device.
-    plain = weights.device.type == "cpu" and bool(alive.all())
-    if plain and (weights.dim() == 0 or bool((weights > 0).all())):
-        return weights
+    if weights.device.type == "cpu":  # elsewhere asking would wait for the device
+        if bool(alive.all()) and (weights.dim() == 0 or bool((weights > 0).all())):
+            return weights
+        of_examples = weights.dim() == 0 or not any(weights.stride()[1:])
+        first = alive[:, :1]
+        if of_examples and alive.shape[1] > 1 and torch.equal(first.expand_as(alive), alive):
+            # What holds for an example holds for its positions, which is cheaper to reckon with.
+            one = weights if weights.dim() == 0 else weights[:, :1]
+            return with_mask(one, first).expand_as(alive)
     spread = weights.expand(alive.shape)
     mean = spread.sum() / (spread > 0).sum().clamp_min(1)
     return torch.where(alive, torch.where(spread > 0, spread, mean), torch.zeros_like(spread))

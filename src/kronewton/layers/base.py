@@ -150,9 +150,10 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class DenseRows(Rows):
-    """Rows that are laid out in memory."""
+    """Rows that are laid out in memory, but for the constant 1 that multiplies a bias."""
 
-    rows: Tensor  # (…, N, S, d_in)
+    rows: Tensor  # (…, N, S, d_in), or one less
+    bias: bool = False
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -161,22 +162,23 @@ class DenseRows(Rows):
 
     @property
     def width(self) -> int:
-        return self.rows.shape[-1]
+        return self.rows.shape[-1] + self.bias
 
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
-        return self.rows[..., start:stop, :, :]
+        rows = self.rows[..., start:stop, :, :]
+        return with_bias_entry(rows) if self.bias else rows
 
     def second_moment(self, weights: Tensor | None = None, structure: Structure = DENSE) -> Tensor:
         flat = None if weights is None else weights.reshape(-1)
-        return structure.second_moment(self.rows.flatten(-3, -2), flat)
+        return structure.second_moment(self.dense().flatten(-3, -2), flat)
 
     def some(self, start: int, stop: int) -> Rows:
-        return DenseRows(self.rows[..., start:stop, :, :])
+        return DenseRows(self.rows[..., start:stop, :, :], self.bias)
 
     def averaged(self, shares: Tensor | None = None) -> Rows:
         if shares is None:
-            return DenseRows(self.rows.mean(-2, keepdim=True))
-        return DenseRows(shares.unsqueeze(-2) @ self.rows)  # (N, 1, S) times (…, N, S, d_in)
+            return DenseRows(self.rows.mean(-2, keepdim=True), self.bias)
+        return DenseRows(shares.unsqueeze(-2) @ self.dense())  # (N, 1, S) times (…, N, S, d_in)
 
 
 def ones_like_examples(N: int, like: Tensor) -> DenseRows:

@@ -215,16 +215,27 @@ class Windows(Rows):
 
     def averaged(self, shares: Tensor | None = None) -> Rows:
         if shares is None:
-            D = len(self.cut.kernel)
-            mean = self._view.mean(tuple(range(2, 2 + D)))  # (N, C, *kernel)
+            mean = self._sums() / self.counts[1]  # (N, C, *kernel)
             rows = mean.reshape(len(mean), self.groups, 1, -1).transpose(0, 1)
-            return DenseRows(_without_one(with_bias_entry(rows) if self.bias else rows))
+            return DenseRows(_without_one(rows), self.bias)
         step = self._step
         found = [
             shares[n : n + step].unsqueeze(-2) @ self.dense(n, n + step)
             for n in range(0, len(shares), step)
         ]
         return DenseRows(torch.cat(found, -3))  # (…, N, 1, d_in)
+
+    def _sums(self) -> Tensor:
+        """Of all windows of an example, added one axis at a time: (N, C, *kernel)."""
+        cut, found = self.cut, self.prepared
+        axes = zip(cut.kernel, cut.stride, cut.dilation, self._view.shape[2:], strict=False)
+        for kernel, stride, dilation, locations in axes:
+            reach = stride * (locations - 1) + 1
+            starts = range(0, kernel * dilation, dilation)
+            # The axis that is done goes last, and the next one is third again.
+            sums = [found.narrow(2, i, reach)[:, :, ::stride].sum(2) for i in starts]
+            found = torch.stack(sums, -1)
+        return found
 
     @property
     def _step(self) -> int:

@@ -5,14 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kronewton.layers.base import (
-    DenseRows,
-    Kind,
-    Layer,
-    not_of_torch,
-    rows_of,
-    with_bias_entry,
-)
+from kronewton.layers.base import DenseRows, Kind, Layer, not_of_torch, rows_of
 from kronewton.types import Rows
 
 
@@ -28,7 +21,7 @@ class LinearKind(Kind):
         rows = rows_of(inputs)
         if "weight" not in layer.trained:
             return DenseRows(rows.new_ones(*rows.shape[:-1], 1))
-        return DenseRows(with_bias_entry(rows) if "bias" in layer.trained else rows)
+        return DenseRows(rows, "bias" in layer.trained)
 
     def output_rows(self, layer: Layer, gradients: Tensor) -> Tensor:
         return rows_of(gradients)
