@@ -219,6 +219,7 @@ def test_rows_whose_bias_entry_is_not_laid_out_are_those_that_have_it():
     ],
 )
 def test_windows_averaged_axis_by_axis_are_the_mean_of_all(module):
+    module = copy.deepcopy(module).double()
     trained = ("weight",) if module.bias is None else ("weight", "bias")
     layer = Layer("conv", module, kind_of(module), trained)
     x = torch.randn(5, module.in_channels, *[9, 7, 6][: len(module.kernel_size)])
