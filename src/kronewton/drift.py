@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kronewton.inverse import EigenInverse
+from kronewton.linalg import finite
 from kronewton.pair import Product
 from kronewton.structure import DIAGONAL, Sides, Structure
 
@@ -59,7 +60,7 @@ def _side(
     """How the basis of a side is stored, its eigenvalues and its vectors."""
     diagonal = structure.diagonal(M)
     d = diagonal.shape[-1]
-    if d > SMALL and structure != DIAGONAL and bool(torch.isfinite(diagonal).all()):
+    if d > SMALL and structure != DIAGONAL and finite(diagonal):
         if old is not None and old[0] == structure:
             _, U, s = old
             s = s * (diagonal.sum(-1) / s.sum(-1).clamp_min(TINY)).unsqueeze(-1)

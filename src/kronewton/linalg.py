@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -28,7 +29,7 @@ def damped_inverse(matrix: Tensor, damping: Tensor | float, name: str) -> Tensor
     factor, info = torch.linalg.cholesky_ex(_with_diagonal(matrix, damping))
     if not bool(info.any()):
         inverse = torch.cholesky_inverse(factor)
-        if bool(torch.isfinite(diagonal(inverse)).all()):
+        if finite(diagonal(inverse)):
             return inverse
     return _careful_inverse(matrix, damping, name)
 
@@ -41,7 +42,7 @@ def _careful_inverse(matrix: Tensor, damping: Tensor | float, name: str) -> Tens
         factor, info = torch.linalg.cholesky_ex(_with_diagonal(wide, damping + jitter * mean))
         if not bool(info.any()):
             inverse = torch.cholesky_inverse(factor).to(matrix.dtype)
-            if bool(torch.isfinite(inverse).all()):
+            if finite(inverse):
                 return inverse
     raise NotPositiveDefinite(
         f"{name} ({matrix.shape[-1]}×{matrix.shape[-1]}) could not be inverted even with "
@@ -61,7 +62,7 @@ def symmetric_eigen(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
             s, U = torch.linalg.eigh(attempt)
         except RuntimeError:  # LinAlgError derives from it; MKL and cuSOLVER raise either
             continue
-        if bool(torch.isfinite(s).all()):
+        if finite(s):
             return s.clamp_min(0).to(matrix.dtype), U.to(matrix.dtype)
     raise NotPositiveDefinite(
         f"the eigendecomposition of {name} did not converge; "
@@ -82,15 +83,24 @@ def diagonal(matrix: Tensor) -> Tensor:
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether all numbers of all tensors are finite."""
-    # A sum is the cheapest to ask: whatever is not finite is in it. Half precision overflows.
-    sums = [
-        (t.float() if t.dtype.itemsize == 2 else t).sum().double() for t in tensors if t.numel()
-    ]
-    return not sums or bool(torch.isfinite(torch.stack(sums)).all())
+    # A norm is the cheapest to ask: whatever is not finite is in it. Half precision overflows.
+    there = [t.float() if t.dtype.itemsize == 2 else t for t in tensors if t.numel()]
+    if not there:
+        return True
+    norms = torch._foreach_norm(there, 1)
+    several = len({n.dtype for n in norms}) > 1
+    return math.isfinite(
+        float(torch.stack([n.double() for n in norms] if several else norms).sum())
+    )
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all numbers of one tensor are finite."""
+    return not tensor.numel() or math.isfinite(float(tensor.abs().amax()))
 
 
 def _require_finite(matrix: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(matrix).all()):
+    if not finite(matrix):
         raise NotPositiveDefinite(
             f"{name} holds values that are not finite: the batch, the model's output or a "
             "gradient had NaN or infinity in it; check the data and the loss of the last steps."

@@ -511,14 +511,20 @@ class KFAC(Optimizer):
 
     def _change(self, direction: Sequence[Tensor], lr: float) -> list[Tensor]:
         """What a step of this length changes in the parameters, all things considered."""
-        found = [torch.zeros_like(d) for d in direction]
+        found = list(torch._foreach_mul(list(direction), lr))
+        still = set(range(len(found)))
         for group in self.param_groups:
             factor = float(group["lr"]) if self.options.lr == AUTO else 1.0
             shrink = self._shrink(group)
             for p in group["params"]:
                 i = self._place.get(id(p))
-                if i is not None and p.grad is not None:
-                    found[i] = direction[i] * (lr * factor) - shrink * p.detach()
+                if i is None or p.grad is None:
+                    continue
+                still.discard(i)
+                if factor != 1 or shrink:
+                    found[i] = factor * found[i] - shrink * p.detach()
+        for i in still:
+            found[i] = torch.zeros_like(found[i])
         return found
 
     def _take_back(self, kept: Sequence[Tensor]) -> None:

@@ -305,7 +305,7 @@ class Planner:
             return None
         options = self.options
         decay = FIRST_DECAY if isinstance(options.momentum, str) else float(options.momentum)
-        direction = self.steering.scaled([t.neg() for t in self.steering.normalised(decay)])
+        direction = self.steering.scaled(torch._foreach_neg(self.steering.normalised(decay)))
         if options.lr != AUTO:
             self.pace = replace(self.pace, steps=self.pace.steps + 1)
             return Plan(direction, 1.0, 0.0)
