@@ -16,7 +16,7 @@ from kronewton.adapt import Fixed, LevenbergMarquardt, Pace, Pacing, Settings
 from kronewton.batches import Trial, loss_of
 from kronewton.errors import KronewtonWarning, NotPositiveDefinite, OptionError, StateError
 from kronewton.inverse import eigen_basis
-from kronewton.normalised import FIRST_DECAY, SECOND_DECAY, Moments
+from kronewton.normalised import FIRST_DECAY, SECOND_DECAY, Moments, normalised
 from kronewton.pair import Product, of_both
 from kronewton.planner import TRIALS
 from kronewton.quadratic import flattened
@@ -36,6 +36,10 @@ def second_moment(d: int, seed: int) -> Tensor:
     return rows.T @ rows / (3 * d)
 
 
+def stepped(moments: Moments, gradient: Tensor, decay: float) -> Tensor:
+    return normalised([moments], [gradient], decay)[0]
+
+
 # The moments.
 
 
@@ -46,7 +50,7 @@ def test_without_a_curvature_it_is_adam_of_torch():
     for k in range(6):
         parameter.grad = drawn(3, 4, seed=k)
         adam.step()
-        at -= moments.step_(drawn(3, 4, seed=k), FIRST_DECAY)
+        at -= stepped(moments, drawn(3, 4, seed=k), FIRST_DECAY)
     # To the floor under the root, 1e-5 of the layer's root mean square.
     torch.testing.assert_close(at, parameter.detach(), rtol=1e-3, atol=1e-4)
 
@@ -57,21 +61,32 @@ def test_a_loss_in_another_unit_gives_the_same_steps(scale):
     for k in range(4):
         g = drawn(3, 4, seed=k)
         torch.testing.assert_close(
-            one.step_(g, 0.8), other.step_(scale * g, 0.8), rtol=1e-6, atol=0
+            stepped(one, g, 0.8), stepped(other, scale * g, 0.8), rtol=1e-6, atol=0
         )
+
+
+def test_layers_together_step_as_each_alone():
+    gradients = [drawn(3, 4), drawn(1, 2, 2).float(), 1e5 * drawn(5, 1)]
+    together, alone = ([Moments(g) for g in gradients] for _ in range(2))
+    alone[1].steps = together[1].steps = 7  # seen later than the others
+    for _ in range(3):
+        found = normalised(together, gradients, 0.8)
+        for one, g, moments in zip(found, gradients, alone, strict=True):
+            torch.testing.assert_close(one, stepped(moments, g, 0.8), rtol=0, atol=0)
+    assert normalised([], [], 0.8) == []
 
 
 def test_nothing_is_nothing():
     moments = Moments(torch.zeros(2, 2))
     for _ in range(2):
-        assert moments.step_(torch.zeros(2, 2), 0.8).equal(torch.zeros(2, 2))
+        assert stepped(moments, torch.zeros(2, 2), 0.8).equal(torch.zeros(2, 2))
 
 
 def test_a_new_basis_leaves_the_mean_gradient_where_it_was():
     old = eigen_basis(second_moment(4, 1), second_moment(3, 2), "layer")
     new = eigen_basis(second_moment(4, 3), second_moment(3, 4), "layer")
     moments, G = Moments(torch.zeros(3, 4)), drawn(3, 4)
-    moments.step_(old.rotate(G), 0.8)
+    stepped(moments, old.rotate(G), 0.8)
     moments.turn_(old, new)
     torch.testing.assert_close(new.rotate_back(moments.m), 0.2 * G)
 

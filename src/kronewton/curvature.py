@@ -32,7 +32,7 @@ from kronewton.inverse import (
 )
 from kronewton.layers import ENTRIES, TURNED, Layer
 from kronewton.linalg import all_finite
-from kronewton.normalised import Moments, restored
+from kronewton.normalised import Moments, normalised, restored
 from kronewton.pair import (
     ExactPairInverse,
     PairInverse,
@@ -343,19 +343,24 @@ class Curvature:
         self.inverses, self.moments = {}, {}
         self.restless = 1.0
 
-    def normalised(self, name: str, G: Tensor, decay: float) -> Tensor:
-        """Adam's step for a layer's gradient, in its eigenbasis; in its own entries without one."""
-        basis = self._eigen(name)
-        shape = G.shape
-        if basis is not None:
-            G = G.to(basis.s.dtype)
-            if self.terms(name) == [name + ENTRIES]:
-                G = G.reshape(-1, 1)
-            G = basis.rotate(G)
-        if name not in self.moments or self.moments[name].m.shape != G.shape:
-            self.moments[name] = Moments(G)
-        step = self.moments[name].step_(G, decay)
-        return step if basis is None else basis.rotate_back(step).reshape(shape)
+    def normalised(self, gradients: Mapping[str, Tensor], decay: float) -> dict[str, Tensor]:
+        """Adam's step for each layer's gradient, in its eigenbasis; in its own entries without."""
+        moments, rotated = [], []
+        for name, G in gradients.items():
+            basis = self._eigen(name)
+            if basis is not None:
+                rows = G.reshape(-1, 1) if self.terms(name) == [name + ENTRIES] else G
+                G = basis.rotate(rows.to(basis.s.dtype))
+            if name not in self.moments or self.moments[name].m.shape != G.shape:
+                self.moments[name] = Moments(G)
+            moments.append(self.moments[name])
+            rotated.append(G)
+        found = {}
+        steps = normalised(moments, rotated, decay)
+        for (name, G), step in zip(gradients.items(), steps, strict=True):
+            basis = self._eigen(name)
+            found[name] = step if basis is None else basis.rotate_back(step).reshape(G.shape)
+        return found
 
     def with_damping(self, damping: float) -> dict[str, Inverse]:
         """The inverses as they would be with another damping."""

@@ -8,7 +8,7 @@ apart best along the eigenvectors of the factors (Vyas et al. 2024 with Shampoo'
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,17 +27,6 @@ class Moments:
     def __init__(self, like: Tensor, steps: int = 0) -> None:
         self.m, self.v = torch.zeros_like(like), torch.zeros_like(like)  # (…, d_out, d_in)
         self.steps = steps
-
-    def step_(self, rotated: Tensor, decay: float) -> Tensor:
-        """m/√v after one more gradient, both without the bias of their start."""
-        self.steps += 1
-        self.m.lerp_(rotated, 1 - decay)
-        self.v.mul_(SECOND_DECAY).addcmul_(rotated, rotated, value=1 - SECOND_DECAY)
-        root = self.v.sqrt()
-        # Both corrections are one number: m/(1 − β₁ⁿ) over √(v/(1 − β₂ⁿ)).
-        corrected = math.sqrt(1 - SECOND_DECAY**self.steps) / (1 - decay**self.steps)
-        least = (LEAST * self.v.mean().sqrt()).clamp_min(TINY)
-        return (self.m / root.add_(least)).mul_(corrected)
 
     def turn_(self, old: EigenInverse | None, new: EigenInverse) -> None:
         """Carry both into a new basis: m exactly, v as if its coordinates were uncorrelated."""
@@ -61,6 +50,31 @@ class Moments:
     def tensors(self) -> dict[str, Tensor]:
         """All that must be saved."""
         return {"m": self.m, "v": self.v, "steps": self.m.new_tensor(float(self.steps))}
+
+
+def normalised(moments: Sequence[Moments], rotated: Sequence[Tensor], decay: float) -> list[Tensor]:
+    """m/√v of all layers after one more gradient of each, without the bias of their start."""
+    if not moments:
+        return []
+    gradients = list(rotated)
+    m, v = [one.m for one in moments], [one.v for one in moments]
+    torch._foreach_lerp_(m, gradients, 1 - decay)
+    torch._foreach_mul_(v, SECOND_DECAY)
+    torch._foreach_addcmul_(v, gradients, gradients, value=1 - SECOND_DECAY)
+    roots = torch._foreach_sqrt(v)
+    least = torch._foreach_mul(
+        torch._foreach_norm(roots), [LEAST / math.sqrt(max(1, t.numel())) for t in v]
+    )
+    for root, floor in zip(roots, least, strict=True):
+        root.add_(floor.clamp_min_(TINY))
+    found = torch._foreach_div(m, roots)
+    corrections = []
+    for one in moments:
+        one.steps += 1
+        # Both corrections are one number: m/(1 − β₁ⁿ) over √(v/(1 − β₂ⁿ)).
+        corrections.append(math.sqrt(1 - SECOND_DECAY**one.steps) / (1 - decay**one.steps))
+    torch._foreach_mul_(found, corrections)
+    return list(found)
 
 
 def _carried(v: Tensor, before: Structure, U: Tensor, now: Structure, V: Tensor) -> Tensor:

@@ -445,24 +445,40 @@ class KFAC(Optimizer):
 
     def _normalise(self, decay: float) -> list[Tensor]:
         """Adam's step in the eigenbases, one tensor per stepped parameter."""
-        return self._by_layer(
-            self._gradients(), lambda name, G: self._curvature.normalised(name, G, decay)
-        )
+        gradients = self._gradients()
+        steps = self._curvature.normalised(self._matrices(gradients), decay)
+        return self._vector(steps, gradients)
 
     def _by_layer(self, vector: Vector, of_layer: Callable[[str, Tensor], Tensor]) -> list[Tensor]:
         """What becomes of one tensor per stepped parameter, layer by layer as matrices."""
+        matrices = self._matrices(vector)
+        return self._vector({name: of_layer(name, G) for name, G in matrices.items()}, vector)
+
+    def _matrices(self, vector: Vector) -> dict[str, Tensor]:
+        """Of one tensor per stepped parameter each layer's matrix, (…, d_out, d_in), by its name.
+
+        What is in the quadratic model but of no kind comes as it is, by its place.
+        """
+        found = {}
+        for layer in self._layers:
+            tensors = {
+                name: layer.cut(name, vector[self._place[id(p)]])
+                for name, p in layer.whole().items()
+            }
+            found[layer.name] = at_least_float32(layer.kind.matrix(layer, tensors))
+        return found | {f"{NOWHERE} {i}": vector[i] for i in self._uncovered}
+
+    def _vector(self, matrices: Mapping[str, Tensor], like: Vector) -> list[Tensor]:
+        """The inverse of `_matrices`."""
         found: list[Tensor | None] = [None] * len(self._parameters)
         for layer in self._layers:
-            at = {name: self._place[id(p)] for name, p in layer.whole().items()}
-            tensors = {name: layer.cut(name, vector[i]) for name, i in at.items()}
-            G = at_least_float32(layer.kind.matrix(layer, tensors))  # (…, d_out, d_in)
-            D = of_layer(layer.name, G)
-            for name, tensor in layer.kind.split(layer, D).items():
-                self._put(found, at[name], layer.parts.get(name), tensor)
-        for i in self._uncovered:  # in the quadratic model, but of no kind
-            found[i] = of_layer(NOWHERE, vector[i])
+            split = layer.kind.split(layer, matrices[layer.name])
+            for name, p in layer.whole().items():
+                self._put(found, self._place[id(p)], layer.parts.get(name), split[name])
+        for i in self._uncovered:
+            found[i] = matrices[f"{NOWHERE} {i}"]
         # Rows of a packed parameter that are in no layer do not move.
-        return [torch.zeros_like(v) if f is None else f for f, v in zip(found, vector, strict=True)]
+        return [torch.zeros_like(v) if f is None else f for f, v in zip(found, like, strict=True)]
 
     def _put(self, found: list[Tensor | None], i: int, rows: slice | None, tensor: Tensor) -> None:
         """A direction for a parameter, or for some of its rows, in the parameter's own dtype."""
