@@ -188,7 +188,7 @@ def test_a_batch_that_is_run_again_is_run_in_the_precision_of_its_forward(dtype)
     parts, _ = optimizer._watcher.collect()
     planner = optimizer._planner
     nowhere = [torch.zeros_like(p) for p in model.parameters()]
-    again = planner.batches.tried(parts, nowhere)
+    again = planner.batches.trial(parts, nowhere)
     assert again.loss == float(loss.detach())
     assert again.bend == 0
 

@@ -182,9 +182,9 @@ def test_the_quadratic_model_bounds_the_pace_from_above_but_for_a_lowest():
 
 def test_the_model_of_now_bounds_the_pace_where_it_is_below_the_running_one():
     pace = PACING.modelled(PACING.modelled(Pace(), -1.0, 1.0), -0.01, 1.0)
-    assert pace.ceiling == pytest.approx(PACING.share * 0.01)
+    assert pace.ceiling == pytest.approx(0.01)
     running = PACING.modelled(pace, -100.0, 1.0)
-    assert running.ceiling < PACING.share * 100
+    assert running.ceiling < 100
 
 
 def test_agreement_raises_the_pace_and_disagreement_lowers_it():
@@ -217,12 +217,12 @@ def test_trials_are_in_all_first_steps_and_then_rarer_while_the_ceiling_stays():
         pace = PACING.agreed(pace, None)
         if looks:
             times.append(step)
-            pace = PACING.tried(pace, -1.0, 50.0)
+            pace = PACING.passed(pace, -1.0, 50.0)
     assert times[: PACING.first] == list(range(PACING.first))
     gaps = [b - a for a, b in itertools.pairwise(times[PACING.first :])]
     assert gaps[:4] == [2, 4, 8, 16]
     assert set(gaps[4:]) == {PACING.rarest}
-    jumped = PACING.tried(pace, -1.0, 500.0)
+    jumped = PACING.passed(pace, -1.0, 500.0)
     assert jumped.gap == pace.gap // 2
 
 
@@ -235,11 +235,11 @@ def test_after_a_bad_trial_steps_have_a_limit_that_doubles_until_it_is_gone():
     assert PACING.failed(pace, 0.05, -1.0, math.inf).limit == pytest.approx(0.05 / 16)
     assert PACING.failed(pace, 0.05, -1.0, 0.0).limit == pytest.approx(0.05 / 2)
     for _ in range(3):
-        bad = PACING.tried(bad, -1.0, 10.0)
+        bad = PACING.passed(bad, -1.0, 10.0)
         assert bad.gap == 1
     assert bad.limit == pytest.approx(8 / 160)
-    assert PACING.tried(bad, -1.0, 10.0, eased=False).limit == bad.limit
-    assert PACING.tried(bad, -1.0, 10.0).limit == math.inf
+    assert PACING.passed(bad, -1.0, 10.0, eased=False).limit == bad.limit
+    assert PACING.passed(bad, -1.0, 10.0).limit == math.inf
     for _ in range(20):
         bad = PACING.failed(bad, PACING.lr(bad), 1.0, math.nan)
     assert PACING.lr(bad) == PACING.lowest * PACING.distrust
@@ -394,7 +394,7 @@ def test_a_limit_that_a_step_has_just_got_is_not_doubled_by_its_own_shorter_tria
         lengths.append(float(sum(t.abs().sum() for t in step)))
         return Trial(math.inf if len(lengths) == 1 else loss_of(parts), 1e-3)
 
-    monkeypatch.setattr(planner.batches, "tried", tried)
+    monkeypatch.setattr(planner.batches, "trial", tried)
     monkeypatch.setattr(planner, "_bounded", lambda pace, *_: replace(pace, ceiling=0.05))
     optimizer.zero_grad()
     optimizer._watcher.criteria[0](model(x), y).backward()
@@ -594,10 +594,10 @@ def test_where_little_of_the_promise_comes_the_losses_own_bend_is_the_ceiling(
         seen["along"], seen["change"] = along, kept * 0.9 * along  # with the bend 0.9 is promised
         return Trial(loss_of(parts) + seen["change"], -0.2 * along)
 
-    monkeypatch.setattr(planner.batches, "tried", tried)
+    monkeypatch.setattr(planner.batches, "trial", tried)
     monkeypatch.setattr(
         Pacing,
-        "tried",
+        "passed",
         lambda self, pace, slope, bend, eased: seen.update(bend=bend / slope) or pace,
     )
     model, (x, y) = planner.replayer.model, noisy(9)

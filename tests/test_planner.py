@@ -200,7 +200,7 @@ def test_a_trial_of_a_linear_model_has_the_bend_of_the_exact_quadratic_model(
     found = batches.quadratic(parts)
     line = found.line(step)
     exact = found.subspace(torch.zeros_like(line.flat), [line]).bend([1.0])
-    trial = batches.tried(parts, step)
+    trial = batches.trial(parts, step)
     assert trial.bend == pytest.approx(exact, rel=1e-10)
     with torch.no_grad():
         for p, d in zip(model.parameters(), step, strict=True):

@@ -184,9 +184,9 @@ class Pace:
 class Pacing:
     """The length of normalised steps, from two measurements.
 
-    The batch's quadratic model along the step has its minimum at −slope/bend: the ceiling is that,
-    times a `share`. Slope and bend are averaged apart, for their ratio is what noise
-    distorts, and the model of now may only lower it.
+    The batch's quadratic model along the step has its minimum at −slope/bend: the ceiling is that.
+    Slope and bend are averaged apart, for their ratio is what noise distorts, and the model of now
+    may only lower it.
     Below it, from the highest down, the agreement of successive steps decides (Riedmiller & Braun
     1993, of the whole step): where the new gradient still wants the last step, lr grows, where it
     wants it back, lr falls. Both look one step ahead and would, with noise, stop at once what pays
@@ -200,7 +200,6 @@ class Pacing:
     than a factor of `sudden`, and less rare when by more; `rarest` steps apart at most.
     """
 
-    share: float = 1.0
     least: float = 0.6
     steady: float = 1e-2
     lowest: float = 1e-3
@@ -227,7 +226,7 @@ class Pacing:
         w = self.model_memory
         slope, bend = w * pace.slope + (1 - w) * slope, w * pace.bend + (1 - w) * bend
         running = max(-slope, 0.0) / bend if bend > 0 else math.inf
-        ceiling = self.share * min(now, running)
+        ceiling = min(now, running)
         calm = pace.ceiling / self.sudden <= ceiling <= pace.ceiling * self.sudden
         gap = min(2 * pace.gap, self.rarest) if calm else pace.gap // 2
         always = pace.steps <= self.first or math.isfinite(pace.limit)
@@ -236,7 +235,7 @@ class Pacing:
             pace, slope=slope, bend=bend, ceiling=ceiling, gap=gap, look=pace.steps + gap - 1
         )
 
-    def tried(self, pace: Pace, slope: float, bend: float, eased: bool = True) -> Pace:
+    def passed(self, pace: Pace, slope: float, bend: float, eased: bool = True) -> Pace:
         """After a step was tried and was good: its slope and its bend, for lr 1.
 
         A limit is twice as high, unless it is of this very step.

@@ -100,7 +100,7 @@ class Batches:
         """The loss of the step's batch with other parameters, or with those of now."""
         return self._run(parts, tensors)[0]
 
-    def tried(self, parts: Sequence[Part], step: Sequence[Tensor]) -> Trial:
+    def trial(self, parts: Sequence[Part], step: Sequence[Tensor]) -> Trial:
         """What a step would come to: one forward pass, the parameters stay as they are."""
         there = torch._foreach_add(self.replayer.parameters(), list(step))
         loss, found = self._run(parts, there)

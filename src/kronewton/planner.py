@@ -214,11 +214,11 @@ class Planner:
         damping = DAMPING * self.curvature.scale
         if self.models(parts):
             with contextlib.suppress(MissingProducts):
-                damping = self._tried(parts, gradient)
+                damping = self._first_damping(parts, gradient)
         noise = 0.0 if self.settings is None else self.settings.noise
         self.settings = Settings(damping, damping, noise=noise)
 
-    def _tried(self, parts: Sequence[Part], gradient: Tensor) -> float:
+    def _first_damping(self, parts: Sequence[Part], gradient: Tensor) -> float:
         """Of a ladder of dampings, largest first, the last before the loss gets worse again."""
         model = self.batches.quadratic(parts)
         lowest, found = math.inf, FIRST_TRIALS[0] * self.curvature.scale
@@ -318,7 +318,7 @@ class Planner:
         noise = self.rule.assumed if self.settings is None else self.settings.noise
         self.pace = self.pacing.agreed(self.pace, agreement, noise)
         if looking:
-            return self._tried_out(parts, gradient, direction)
+            return self._on_trial(parts, gradient, direction)
         self.lr = self.pacing.lr(self.pace)
         return Plan(direction, self.lr, 0.0)
 
@@ -337,10 +337,10 @@ class Planner:
                 return self.pacing.modelled(pace, found.slope[0], found.bend([1.0]))
             return pace
         slope = float(torch.dot(gradient, flattened(direction)))
-        bend = self.batches.tried(parts, torch._foreach_mul(direction, GLIMPSE)).bend
+        bend = self.batches.trial(parts, torch._foreach_mul(direction, GLIMPSE)).bend
         return self.pacing.modelled(pace, slope, bend / GLIMPSE**2)
 
-    def _tried_out(self, parts: Sequence[Part], gradient: Tensor, direction: list[Tensor]) -> Plan:
+    def _on_trial(self, parts: Sequence[Part], gradient: Tensor, direction: list[Tensor]) -> Plan:
         """A step of the rule's length, tried on its own batch before it is made.
 
         The change of the model's output in it gives the quadratic model along the step, at the
@@ -354,7 +354,7 @@ class Planner:
             if along == 0:  # the groups' lr is zero: there is nothing to try
                 self.lr = lr
                 return Plan(direction, lr, 0.0)
-            trial = self.batches.tried(parts, step)
+            trial = self.batches.trial(parts, step)
             change = trial.loss - before
             promised = along + 0.5 * trial.bend
             if self._bearable(change, promised, before, parts):
@@ -369,7 +369,7 @@ class Planner:
         bend = max(trial.bend, 2 * (change - along)) if steeper else trial.bend
         # The groups' lr shorten whatever the model wants.
         length = lr * (self.factor if 0 < self.factor < math.inf else 1.0)
-        self.pace = self.pacing.tried(
+        self.pace = self.pacing.passed(
             self.pace, along / length, bend / length / length, eased=not shorter
         )
         self.lr = min(lr, self.pacing.lr(self.pace))
