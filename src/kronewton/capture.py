@@ -65,6 +65,9 @@ class Watcher:
         replays: bool,
     ) -> None:
         self.capturing = True  # statistics are due in this step
+        self.heeds_gradients = False  # nobody says when they are thrown away: see `_begin`
+        self.stale = False  # a backward pass has added to gradients that a step has changed
+        self._backward = -1  # the number of the last backward pass
         self._indirect = False  # the criterion was seen on something that the model did not return
         self.replays = replays
         self.found, self.fisher, self.criteria = found, fisher, tuple(criteria)
@@ -130,6 +133,8 @@ class Watcher:
 
     def discard(self) -> None:
         """Forget what was committed: its gradients are thrown away."""
+        for part in self.parts:
+            part.weight = None  # of another backward pass, should there be one
         self.parts, self._arrivals, self._received = [], [], {}
 
     def forget_first(self, parts: int, arrivals: int, received: Collection[int]) -> None:
@@ -539,7 +544,24 @@ class Watcher:
 
     # What arrives in the user's own backward pass.
 
+    def _begin(self) -> None:
+        """Forget what earlier backward passes brought if its gradients are no longer there."""
+        backward = torch._C._current_graph_task_id()  # type: ignore[attr-defined]
+        if not self.heeds_gradients or backward == self._backward:
+            return
+        self._backward = backward
+        there = any(
+            p.grad is not None and bool(_numbers(p.grad).any())
+            for layer in self.found.layers
+            for p in layer.whole().values()
+        )
+        if not there:
+            self.discard()
+        elif not self.pending:
+            self.stale = True
+
     def _commit(self, part: Part, weight: Tensor) -> None:
+        self._begin()
         if part.weight is None:
             self.parts.append(part)
         part.weight = weight if part.weight is None else part.weight + weight
@@ -548,6 +570,7 @@ class Watcher:
             self.calls = [call for call in self.calls if call.forward not in part.forwards]
 
     def _arrived(self, call: LayerCall, k: int, gradient: Tensor) -> None:
+        self._begin()
         # Outputs of one call (a recurrent layer's) arrive one by one; twice is another backward.
         for known, gradients in reversed(self._arrivals):
             if known is call and k not in gradients:
@@ -733,6 +756,10 @@ def _length(gradients: Mapping[int, Tensor]) -> Tensor:
     """The norm of several tensors together."""
     squares = [g.double().square().sum() for g in gradients.values()]
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+
+
+def _numbers(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _device(args: Any, kwargs: Any) -> str:

@@ -1,28 +1,96 @@
-"""What a step may find amiss: refusals, and sentences of warning for the optimizer to say once."""
+"""What a step may find amiss: refusals, sentences that are said once, steps that are skipped."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import FrameType
 
 from torch import nn
 
-from kronewton.errors import CriterionError, ModelError
+from kronewton.errors import CriterionError, KronewtonWarning, ModelError, SkippedError
 from kronewton.layers import Layer
 from kronewton.part import Part
 from kronewton.planner import Planner
 
+LOOK = "Look for NaN or infinity in the batch and in what the model makes of it"
+# Why a step was skipped, and what to do.
+NOT_FINITE = "the loss, a gradient or the curvature was not finite", f"{LOOK}."
+NO_CURVATURE = (
+    "the batch has shown no finite curvature so far, so that no damping can be chosen",
+    f"{LOOK}, and for a loss that is constant, linear or concave in the model's output: "
+    "fisher='empirical' asks for no curvature of the loss.",
+)
 
-def require_own_parameters(layers: Sequence[Layer], place: Mapping[int, int]) -> None:
-    """Refuse a model whose parameters are no longer the ones that the optimizer was given."""
+
+@dataclass(frozen=True)
+class Owner:
+    """Who says it, and how it says what depends on that."""
+
+    name: str
+    handle: str  # what the documentation calls the object
+    skipped: str  # what a step that could not be made has done
+    new: str  # what becomes of a parameter that came to the model later
+    method: str  # how a parameter of no kind is trained
+
+
+class Concerns:
+    """Says each sentence once, and counts the steps that could not be made."""
+
+    def __init__(self, owner: Owner, most_skips: int) -> None:
+        self.owner, self.most_skips = owner, most_skips
+        self.skipped = self.in_row = 0
+        self.just_skipped = False
+        self._reason = NOT_FINITE
+        self._said: set[str] = set()
+
+    def say(self, *sentences: str) -> None:
+        """Warn, of each thing once."""
+        for sentence in sentences:
+            if sentence not in self._said:
+                self._said.add(sentence)
+                warnings.warn(sentence, KronewtonWarning, stacklevel=users_level())
+
+    def say_all(self, sentences: Iterable[str]) -> None:
+        """Warn of several things."""
+        self.say(*sentences)
+
+    def skip(self, reason: tuple[str, str]) -> None:
+        """Count a step that could not be made, and say why."""
+        self.skipped += 1
+        self.in_row += 1
+        self.just_skipped, self._reason = True, reason
+        why, advice = reason
+        self.say(
+            f"a step was skipped: {why}. {self.owner.skipped} {advice} "
+            "diagnostics()['skipped'] counts such steps."
+        )
+
+    def stop_if_stuck(self) -> None:
+        """Raise SkippedError once more steps in a row were skipped than are allowed."""
+        if not self.just_skipped:
+            self.in_row = 0
+        elif self.in_row > self.most_skips:
+            self.in_row = 0
+            raise SkippedError(
+                f"{self.most_skips + 1} steps in a row were skipped, the last because "
+                f"{self._reason[0]}. {self.owner.skipped} {self._reason[1]} Or go back to an "
+                f"earlier checkpoint; most_skips of {self.owner.name} is how many in a row are "
+                "allowed."
+            )
+
+
+def require_own_parameters(layers: Sequence[Layer], place: Mapping[int, int], owner: str) -> None:
+    """Refuse a model whose parameters are no longer the ones that were found in it."""
     for layer in layers:
         for name, p in layer.whole().items():
             if id(p) not in place:
                 raise ModelError(
-                    f"'{name}' of layer '{layer.name}' is another parameter than when KFAC was "
-                    "made. Make the optimizer after the model has been changed, or change "
-                    "values in place, with copy_()."
+                    f"'{name}' of layer '{layer.name}' is another parameter than when {owner} "
+                    "was made. Make it after the model has been changed, or change values in "
+                    "place, with copy_()."
                 )
 
 
@@ -64,14 +132,13 @@ def of_products(planner: Planner, parts: Sequence[Part]) -> Iterator[str]:
         )
 
 
-def of_new(model: nn.Module, known: Collection[int]) -> Iterator[str]:
-    """Which parameters have come to the model since, for they are not trained."""
+def of_new(model: nn.Module, known: Collection[int], owner: Owner) -> Iterator[str]:
+    """Which parameters have come to the model since, for they are not covered."""
     for name, p in model.named_parameters():
         if id(p) not in known and p.grad is not None:
             yield (
-                f"parameter '{name}' was not in the model when KFAC was made, and is not "
-                "trained. Make the optimizer after the model has been changed, or add it with "
-                "add_param_group()."
+                f"parameter '{name}' was not in the model when {owner.name} was made, and "
+                f"{owner.new}."
             )
 
 
@@ -84,7 +151,7 @@ def of_unexplained(reasons: Mapping[str, str]) -> Iterator[str]:
         )
 
 
-def of_unseen(layers: Sequence[Layer], seen: Collection[str]) -> Iterator[str]:
+def of_unseen(layers: Sequence[Layer], seen: Collection[str], owner: str) -> Iterator[str]:
     """Which of these layers, of which nothing is known, have a gradient: they only descend."""
     for layer in layers:
         moving = any(p.grad is not None for p in layer.whole().values())
@@ -92,8 +159,8 @@ def of_unseen(layers: Sequence[Layer], seen: Collection[str]) -> Iterator[str]:
             yield (
                 f"layer '{layer.name}' has a gradient, but nothing in the loss that was "
                 "watched depends on it in a way that can be seen: until it does, its step is "
-                "plain gradient descent. Train it with the loss that KFAC was given, or with "
-                "another optimizer."
+                f"plain gradient descent. Train it with the loss that {owner} was given, or "
+                "with another optimizer."
             )
 
 

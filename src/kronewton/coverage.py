@@ -94,9 +94,9 @@ def row_of(name: str, p: Tensor, layers: Sequence[Layer], curvature: Curvature, 
     return Row(name, shape_of(p), kind, ", ".join(methods), why, ", ".join(sharing), own, True)
 
 
-def row_without(name: str, p: Tensor, refined: bool, why: str) -> Row:
+def row_without(name: str, p: Tensor, refined: bool, method: str, why: str) -> Row:
     """The row of a parameter that is in no layer; refined: the dial is over it, too."""
-    method = "joins refine" if refined else "AdamW"
+    method = "joins refine" if refined else method
     return Row(name, shape_of(p), "—", method, why or "no model was given", "—", 0, refined)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
@@ -16,27 +15,10 @@ from torch.optim import Optimizer
 
 from kronewton.averaging import Averages
 from kronewton.capture import Watcher
-from kronewton.concerns import (
-    of_new,
-    of_products,
-    of_unexplained,
-    of_unseen,
-    require_curved,
-    require_own_parameters,
-    users_level,
-)
-from kronewton.coverage import Coverage, row_of, row_without, unseen
-from kronewton.curvature import ADAM, Curvature, by_layer, due, due_in_turn, layer_of
-from kronewton.errors import (
-    CriterionError,
-    KronewtonWarning,
-    ModelError,
-    SkippedError,
-    StateError,
-)
-from kronewton.fisher import Fisher
-from kronewton.layers import Found, Layer, find_layers
-from kronewton.layers.base import at_least_float32
+from kronewton.concerns import NO_CURVATURE, NOT_FINITE, Owner, of_products, require_curved
+from kronewton.coverage import Coverage
+from kronewton.curvature import ADAM, due, due_in_turn
+from kronewton.errors import ModelError, StateError
 from kronewton.linalg import all_finite
 from kronewton.options import (
     AUTO,
@@ -44,15 +26,13 @@ from kronewton.options import (
     LARGEST_SIDE,
     Options,
     check_criteria,
-    check_criterion,
     check_parameters,
-    check_patterns,
     plain,
 )
 from kronewton.part import Part
 from kronewton.plan import Plan, Steering
 from kronewton.planner import Planner
-from kronewton.quadratic import Vector, flattened
+from kronewton.quadratic import flattened
 from kronewton.replay import Replayer
 from kronewton.state import (
     PREFIX,
@@ -69,22 +49,23 @@ from kronewton.state import (
     scalars,
     split,
 )
+from kronewton.watched import Watched
 
-LOOK = "Look for NaN or infinity in the batch and in what the model makes of it"
-# Why a step was skipped, and what to do.
-NOT_FINITE = "the loss, a gradient or the curvature was not finite", f"{LOOK}."
-NO_CURVATURE = (
-    "the batch has shown no finite curvature so far, so that no damping can be chosen",
-    f"{LOOK}, and for a loss that is constant, linear or concave in the model's output: "
-    "fisher='empirical' asks for no curvature of the loss.",
+OWNER = Owner(
+    "KFAC",
+    "optimizer",
+    "The weights are as they were.",
+    "is not trained. Make the optimizer after the model has been changed, or add it with "
+    "add_param_group()",
+    "AdamW",
 )
+# Why a step was skipped, and what to do.
 NOT_BEARABLE = (
     "every length that was tried made the loss of its own batch far worse, or was refused by the "
     "model or the loss",
     "Look at whether the loss has a minimum, and whether it is a function of the batch alone.",
 )
 PARTIAL = "before its state was saved this training had a loss with terms that were not watched"
-NOWHERE = "(no layer)"
 DECAY_UNIT = 1e-3  # weight decay of an automatic step: AdamW's at its usual learning rate
 
 
@@ -165,10 +146,13 @@ class KFAC(Optimizer):
         averaging: float = 0.0,
     ) -> None:
         self.options = Options(
-            plain(lr), momentum, damping, weight_decay, trust_region, fisher, sharing, basis,
-            refine, refine_tolerance, curvature_batches, factor_every, inverse_every, adapt_every,
-            factor_decay, largest_side, draws, fallback_lr, strict, seed,
-            maximize, most_skips, averaging,
+            lr=plain(lr), momentum=momentum, damping=damping, weight_decay=weight_decay,
+            trust_region=trust_region, fisher=fisher, sharing=sharing, basis=basis, refine=refine,
+            refine_tolerance=refine_tolerance, curvature_batches=curvature_batches,
+            factor_every=factor_every, inverse_every=inverse_every, adapt_every=adapt_every,
+            factor_decay=factor_decay, largest_side=largest_side, draws=draws,
+            fallback_lr=fallback_lr, strict=strict, seed=seed, maximize=maximize,
+            most_skips=most_skips, averaging=averaging,
         )  # fmt: skip
         criteria = check_criteria(criterion, fisher)
         if isinstance(params, nn.Module):
@@ -194,68 +178,41 @@ class KFAC(Optimizer):
 
     def _watch(self, model: nn.Module | None, criteria: Sequence[nn.Module]) -> None:
         """Find the layers to cover, hook them, and start with no curvature known."""
-        listed = [p for group in self.param_groups for p in group["params"]]
-        all_parameters = [p for p in listed if p.requires_grad]
-        ids = {id(p) for p in all_parameters}
         options = self.options
-        mode = options.fisher if criteria else "empirical"
-        found = find_layers(model, ids) if model is not None else Found()
-        # Training gradients come summed over the examples: of a lone parameter they say nothing.
-        found = found.without_lone() if mode == "empirical" else found
-        self._reasons = found.reasons
-        self._names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
-        self._layers = layers = found.layers
-        self._guests = found.guests
-        self._known = set() if model is None else {id(p) for p in model.parameters()}
-        check_patterns(options, [layer.name for layer in layers])
-        self._said: set[str] = set()
-        # The dial is over all parameters together; without it those of no kind get the fallback.
-        together = options.refine > 0 and bool(layers)
-        covered = found.covered
-        self._parameters = [
-            p for p in all_parameters if id(p) in covered or (together and p.is_floating_point())
-        ]
-        self._place = {id(p): i for i, p in enumerate(self._parameters)}
-        self._uncovered = [i for i, p in enumerate(self._parameters) if id(p) not in covered]
-        self._all = all_parameters
-        self._generator = torch.Generator(all_parameters[0].device)
-        self._generator.manual_seed(options.seed)
-        self._fisher = Fisher(mode, options.draws, self._generator)
-        self._curvature = Curvature(
-            layers, options.first_basis, options.sharing_of, options.largest_side_of
-        )
-        self._watcher: Watcher | None = None
+        listed = [p for group in self.param_groups for p in group["params"]]
+        self._watched = watched = Watched(model, criteria, listed, options, OWNER)
+        self._concerns = watched.concerns
+        self._layers, self._curvature, self._watcher = (
+            watched.layers, watched.curvature, watched.watcher,
+        )  # fmt: skip
+        self._parameters, self._place, self._all = watched.parameters, watched.place, watched.all
         self._planner: Planner | None = None
-        if options.refine and not layers:
-            self._warn(
+        if options.refine and not self._layers:
+            self._concerns.say(
                 f"refine={options.refine} was asked for, and no layer of the model is of a kind "
                 "that K-FAC covers: without its factors there is nothing to start from, and AdamW "
                 "trains all parameters."
             )
-        if model is not None and layers:
-            replays = options.uses_model
-            self._watcher = Watcher(model, criteria, found, self._fisher, replays)
+        if model is not None and self._watcher is not None:
             self._planner = Planner(
                 options,
                 self._curvature,
                 Replayer(model, self._parameters),
                 self._watcher.paused,
                 Steering(
-                    self._precondition,
+                    watched.precondition,
                     self._scaled,
                     self._gradients,
                     self._normalise,
                     self._change,
                 ),
             )
-        rest = [p for p in all_parameters if id(p) not in self._place]
+        rest = [p for p in self._all if id(p) not in self._place]
         self._fallback = self._make_fallback(rest)
         self._averages = Averages(options.averaging)
         self._previous: list[Tensor] | None = None
         self._plan: Plan | None = None
-        self._steps = self._skipped = 0
-        self._just_skipped = False
-        self._in_row, self._skipped_for = 0, NOT_FINITE
+        self._steps = 0
         self._lost = False  # of factors, so that new ones are due
         self._scale = 1.0  # of a GradScaler
         self._unmade: tuple[int, int, set[int]] | None = None  # of a step that it may leave out
@@ -282,8 +239,8 @@ class KFAC(Optimizer):
             if self._watcher is not None and self._watcher.foreign:
                 self._required(self._watcher)
             return loss
-        self._just_skipped, self._unmade = False, None
-        if self._watcher is not None and self._moves(self._watcher):
+        self._concerns.just_skipped, self._unmade = False, None
+        if self._watcher is not None and self._watched.moves(self._watcher):
             assert self._planner is not None
             made = self._step_covered(self._watcher, self._planner)
         self._scale = 1.0
@@ -292,21 +249,8 @@ class KFAC(Optimizer):
             made = alone if made is None else made
         if made:
             self._averages.learn(self._all)
-        self._stop_if_stuck()
+        self._concerns.stop_if_stuck()
         return loss
-
-    def _stop_if_stuck(self) -> None:
-        """Raise SkippedError once more steps in a row were skipped than are allowed."""
-        if not self._just_skipped:
-            self._in_row = 0
-        elif self._in_row > self.options.most_skips:
-            self._in_row = 0
-            raise SkippedError(
-                f"{self.options.most_skips + 1} steps in a row were skipped, the last because "
-                f"{self._skipped_for[0]}. The weights are as they were before. "
-                f"{self._skipped_for[1]} Or go back to an earlier checkpoint; most_skips of KFAC "
-                "is how many in a row are allowed."
-            )
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -324,36 +268,19 @@ class KFAC(Optimizer):
                 self._unmade = self._watcher.seen
         return False  # gradients are for the scaler to unscale
 
-    def _moves(self, watcher: Watcher) -> bool:
-        """Whether there is a step to make: zeros without a batch are nobody's gradient.
-
-        zero_grad(set_to_none=False) leaves them, and torch.distributed.checkpoint sets them.
-        """
-        grads = [p.grad for p in self._parameters if p.grad is not None]
-        if watcher.pending or (not watcher.criteria and not watcher.capturing):
-            return bool(grads)
-        return any(bool(g.any()) for g in grads)
-
     def _step_covered(self, watcher: Watcher, planner: Planner) -> bool:
         """Whether a step was made, and not taken back."""
         parts = self._required(watcher)
         require_curved(parts, self.options.refine)
         planner.partial = bool(watcher.partial)
         if watcher.partial:
-            self._warn(
+            self._concerns.say(
                 f"{watcher.partial}. Until then the curvature is that of the watched part, no "
                 "quadratic model is asked, and fixed rules choose what is automatic."
             )
         planner.look_back(parts)
-        seen = by_layer((part.statistics, part.weight) for part in parts)
         turn = self._steps // planner.intervals()[0]  # others of its examples in every capture
-        self._curvature.learn(seen, planner.decay(), planner.rows(), turn)
-        require_own_parameters([*self._layers, *self._guests], self._place)
-        if watcher.capturing:
-            layers = [layer for layer in self._layers if not self._curvature.terms(layer.name)]
-            self._warn_all(of_unexplained(watcher.unexplained))
-            self._warn_all(of_unseen(layers, {layer_of(term) for term in seen}))
-            self._warn_all(of_new(planner.replayer.model, self._known))
+        self._watched.learn(parts, planner.decay(), turn, planner.rows())
         if self._previous is not None:  # the model may have been cast since
             self._previous = [
                 t.to(p) for t, p in zip(self._previous, self._parameters, strict=True)
@@ -379,7 +306,7 @@ class KFAC(Optimizer):
             if self._curvature.failed > failed:
                 self._drop_damaged()
             plan = planner.plan(self._steps, parts, gradient, self._previous)
-            self._warn_all(of_products(planner, parts))
+            self._concerns.say_all(of_products(planner, parts))
         if planner.searching:
             self._skip(NO_CURVATURE)
         elif plan is None or not all_finite([*plan.direction, *plan.refinement]):
@@ -403,92 +330,20 @@ class KFAC(Optimizer):
         return made
 
     def _required(self, watcher: Watcher) -> list[Part]:
-        """The parts of this step, or a sentence that says why there is none."""
-        criteria, foreign, capturing = watcher.criteria, watcher.foreign, watcher.capturing
-        name = " or ".join(type(criterion).__name__ for criterion in criteria)
-        parts, twice = watcher.collect()
-        if twice:
-            self._warn(
-                f"{name} was called more than once on the same output, and "
-                "each call's loss was differentiated: gradient and curvature count every call, "
-                "weighted as you weighted its loss. If one was only meant for logging, call it "
-                "under torch.no_grad()."
-            )
-        if parts or (not criteria and not capturing):
-            parts = [part.unscaled(self._scale) for part in parts] if self._scale != 1 else parts
-            return [part.maximised() for part in parts] if self.options.maximize else parts
-        if not criteria:
-            raise CriterionError(
-                "step() found gradients, but no watched layer was run forward and backward since "
-                "the last step. Run the model that was given to KFAC before each step."
-            )
-        if foreign:
-            raise CriterionError(
-                f"{name} was called on an output that no watched layer of the model leads to. "
-                "Call it on what the model that was given to KFAC returns, or give KFAC that model."
-            )
-        raise CriterionError(
-            f"step() found gradients, but the watched {name} was not called on the model's output, "
-            "or its loss was not differentiated. Compute the loss with the very module that was "
-            "given to KFAC; for a loss that is computed otherwise pass criterion=None, or call "
-            "optimizer.observe(output, target, criterion) before backward()."
-        )
+        """The parts of this step, as terms of what is minimised."""
+        parts = self._watched.collected(watcher, self._scale)
+        return [part.maximised() for part in parts] if self.options.maximize else parts
 
     def _gradients(self) -> list[Tensor]:
         """Of what is minimised, one tensor per stepped parameter."""
-        found = [_gradient(p) for p in self._parameters]
+        found = self._watched.gradients()
         return [g.neg() for g in found] if self.options.maximize else found
-
-    def _precondition(self, vector: Vector, damping: float) -> list[Tensor]:
-        """(B ⊗ A + damping·I)⁻¹ v for one tensor per stepped parameter."""
-        return self._by_layer(vector, lambda name, G: self._curvature.apply(name, G, damping))
 
     def _normalise(self, decay: float) -> list[Tensor]:
         """Adam's step in the eigenbases, one tensor per stepped parameter."""
         gradients = self._gradients()
-        steps = self._curvature.normalised(self._matrices(gradients), decay)
-        return self._vector(steps, gradients)
-
-    def _by_layer(self, vector: Vector, of_layer: Callable[[str, Tensor], Tensor]) -> list[Tensor]:
-        """What becomes of one tensor per stepped parameter, layer by layer as matrices."""
-        matrices = self._matrices(vector)
-        return self._vector({name: of_layer(name, G) for name, G in matrices.items()}, vector)
-
-    def _matrices(self, vector: Vector) -> dict[str, Tensor]:
-        """Of one tensor per stepped parameter each layer's matrix, (…, d_out, d_in), by its name.
-
-        What is in the quadratic model but of no kind comes as it is, by its place.
-        """
-        found = {}
-        for layer in self._layers:
-            tensors = {
-                name: layer.cut(name, vector[self._place[id(p)]])
-                for name, p in layer.whole().items()
-            }
-            found[layer.name] = at_least_float32(layer.kind.matrix(layer, tensors))
-        return found | {f"{NOWHERE} {i}": vector[i] for i in self._uncovered}
-
-    def _vector(self, matrices: Mapping[str, Tensor], like: Vector) -> list[Tensor]:
-        """The inverse of `_matrices`."""
-        found: list[Tensor | None] = [None] * len(self._parameters)
-        for layer in self._layers:
-            split = layer.kind.split(layer, matrices[layer.name])
-            for name, p in layer.whole().items():
-                self._put(found, self._place[id(p)], layer.parts.get(name), split[name])
-        for i in self._uncovered:
-            found[i] = matrices[f"{NOWHERE} {i}"]
-        # Rows of a packed parameter that are in no layer do not move.
-        return [torch.zeros_like(v) if f is None else f for f, v in zip(found, like, strict=True)]
-
-    def _put(self, found: list[Tensor | None], i: int, rows: slice | None, tensor: Tensor) -> None:
-        """A direction for a parameter, or for some of its rows, in the parameter's own dtype."""
-        p, whole = self._parameters[i], found[i]
-        if rows is None:
-            found[i] = tensor.to(p.dtype)
-            return
-        if whole is None:
-            whole = found[i] = torch.zeros_like(p)
-        whole[rows] = tensor.to(p.dtype)
+        steps = self._curvature.normalised(self._watched.matrices(gradients), decay)
+        return self._watched.vector(steps, gradients)
 
     def _scaled(self, direction: Sequence[Tensor]) -> list[Tensor]:
         """A direction times the groups' lr, where that is a number."""
@@ -558,7 +413,7 @@ class KFAC(Optimizer):
             if any(id(p) in self._place for p in group["params"])
         }
         if len(factors) > 1 and self.options.damping == AUTO:
-            self._warn(
+            self._concerns.say(
                 "the parameter groups multiply the automatic step by different lr: what the "
                 "quadratic model promises is not what is made, and the damping stays as it was "
                 "found. Give the groups one lr, or give numbers for lr and damping."
@@ -586,16 +441,8 @@ class KFAC(Optimizer):
             self._previous = None
 
     def _skip(self, reason: tuple[str, str] = NOT_FINITE) -> None:
-        self._skipped += 1
-        self._in_row += 1
-        self._just_skipped = True
         self._drop_damaged()
-        self._skipped_for = reason
-        why, advice = reason
-        self._warn(
-            f"a step was skipped: {why}. The weights are as they were. {advice} "
-            "diagnostics()['skipped'] counts such steps."
-        )
+        self._concerns.skip(reason)
 
     def _step_fallback(self, fallback: torch.optim.AdamW) -> bool:
         """Whether a step was made."""
@@ -612,7 +459,7 @@ class KFAC(Optimizer):
         if grads and bool(torch.isfinite(torch.stack([(g * g.conj()).sum() for g in grads]).sum())):
             fallback.step()
             return True
-        if grads and not self._just_skipped:
+        if grads and not self._concerns.just_skipped:
             self._skip()
         return False
 
@@ -632,8 +479,8 @@ class KFAC(Optimizer):
         super().add_param_group(param_group)
         new = [p for p in self.param_groups[-1]["params"] if p.requires_grad]
         self._all += new
-        self._known |= {id(p) for p in new}
-        self._reasons.update({id(p): "added after the optimizer was made" for p in new})
+        self._watched.known |= {id(p) for p in new}
+        self._watched.reasons.update({id(p): "added after the optimizer was made" for p in new})
         if self._fallback is None:
             self._fallback = self._make_fallback(new)
         else:
@@ -649,10 +496,7 @@ class KFAC(Optimizer):
         `criterion(output, target)` must be the loss, up to a constant factor, which is read from
         the gradient that arrives at `output`. A target of several tensors is given as a tuple.
         """
-        check_criterion(criterion, self.options.fisher)
-        if self._watcher is not None:
-            targets = target if isinstance(target, tuple) else (target,)
-            self._watcher.observe(criterion, output, targets)
+        self._watched.observe(output, target, criterion)
 
     def averaged(self) -> AbstractContextManager[None]:
         """With this around an evaluation the model has the average of its weights over the steps.
@@ -667,21 +511,7 @@ class KFAC(Optimizer):
 
     def coverage(self) -> Coverage:
         """Which parameter is covered how: one row for each."""
-        layers: dict[int, list[Layer]] = {}
-        for layer in self._layers:
-            for p in layer.whole().values():
-                layers.setdefault(id(p), []).append(layer)
-        unexplained = self._watcher.unexplained if self._watcher is not None else {}
-        rows = []
-        for i, p in enumerate(self._all):
-            name, why = self._names.get(id(p), f"#{i}"), self._reasons.get(id(p), "")
-            own = layers.get(id(p), [])
-            if own:
-                why = unexplained.get(own[0].name, why) or unseen(own, self._curvature, self._steps)
-                rows.append(row_of(name, p, own, self._curvature, why))
-            else:
-                rows.append(row_without(name, p, id(p) in self._place, why))
-        return Coverage(tuple(rows), f"Fisher: {self._fisher.mode}.")
+        return self._watched.coverage(self._steps)
 
     def diagnostics(self) -> dict[str, Tensor]:
         """What the last step did, as float64 scalars on the CPU."""
@@ -700,7 +530,7 @@ class KFAC(Optimizer):
             "normalised": planner is not None and planner.normalising,
             "noise": math.nan if settings is None else settings.noise,
             "scale": self._curvature.scale,
-            "skipped": self._skipped,
+            "skipped": self._concerns.skipped,
             "undone": 0 if planner is None else planner.undone,
             "dropped_statistics": self._curvature.dropped,
             "failed_inversions": self._curvature.failed,
@@ -730,7 +560,7 @@ class KFAC(Optimizer):
             entries[place[id(p)]]["previous"] = step
         for p in self._all:
             entries[place[id(p)]].update(self._averages.tensors(p))
-        entries[0]["generator"] = self._generator.get_state()
+        entries[0]["generator"] = self._watched.generator.get_state()
         entries[0]["scalars"] = scalars(self._scalars())
         return {i: found for i, found in entries.items() if found}
 
@@ -745,7 +575,7 @@ class KFAC(Optimizer):
         basis = float(BASES.index(self._curvature.basis))
         own = {
             "steps": self._steps,
-            "skipped": self._skipped,
+            "skipped": self._concerns.skipped,
             "capturing": capturing,
             "basis": basis,
             "partial": self._watcher is not None and bool(self._watcher.partial),
@@ -793,7 +623,7 @@ class KFAC(Optimizer):
         require_same_groups([len(group["params"]) for group in theirs["param_groups"]], own)
         for p in self._all:
             i = self._index[id(p)]
-            name = self._names.get(id(p), str(i))
+            name = self._watched.names.get(id(p), str(i))
             require_same_shapes(name, p, theirs["state"].get(i, {}), ours.get(i, {}))
         for layer in self._layers:
             saved_here = ours.get(self._index[id(first_of(layer))], {})
@@ -803,29 +633,26 @@ class KFAC(Optimizer):
     def _restore(self, ours: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Take over what is not torch's, as it was saved."""
         numbers = read_scalars(ours[0]["scalars"])
-        self._curvature.factors = {}
-        self._curvature.change_basis(BASES[int(numbers["basis"] or 0)])
-        self._curvature.chosen = {}
         if self._fallback is not None:
             self._fallback.state = self.state
         place = self._index
-        for layer in self._layers:
-            first = first_of(layer)
-            found_here = of_layer(layer, ours.get(place[id(first)], {}))
-            kept = {k: t.to(first.device).clone() for k, t in found_here.items()}
-            if kept:
-                self._curvature.load(layer.name, kept)
+        saved = {
+            layer.name: of_layer(layer, ours.get(place[id(first_of(layer))], {}))
+            for layer in self._layers
+        }
+        self._watched.load(saved, BASES[int(numbers["basis"] or 0)])
         steps = [ours.get(place[id(p)], {}).get("previous") for p in self._parameters]
         found = [
             t.to(p).clone() for t, p in zip(steps, self._parameters, strict=True) if t is not None
         ]
         self._previous = found if len(found) == len(steps) and found else None
         self._averages.load([(p, ours.get(place[id(p)], {})) for p in self._all])
-        self._generator.set_state(ours[0]["generator"].cpu())
+        self._watched.generator.set_state(ours[0]["generator"].cpu())
         self._load_scalars(numbers)
 
     def _load_scalars(self, numbers: Mapping[str, float | None]) -> None:
-        self._steps, self._skipped = int(numbers["steps"] or 0), int(numbers["skipped"] or 0)
+        self._steps = int(numbers["steps"] or 0)
+        self._concerns.skipped = int(numbers["skipped"] or 0)
         if self._watcher is not None:
             self._watcher.capturing = bool(numbers["capturing"])
             self._watcher.partial = PARTIAL if numbers["partial"] else ""
@@ -857,17 +684,7 @@ class KFAC(Optimizer):
 
     def close(self) -> None:
         """Remove every hook. The optimizer cannot be used afterwards."""
-        if self._watcher is not None:
-            self._watcher.close()
-
-    def _warn_all(self, sentences: Iterable[str]) -> None:
-        for sentence in sentences:
-            self._warn(sentence)
-
-    def _warn(self, sentence: str) -> None:
-        if sentence not in self._said:
-            self._said.add(sentence)
-            warnings.warn(sentence, KronewtonWarning, stacklevel=users_level())
+        self._watched.close()
 
 
 def _add_packed(optimizer: Any, packed: dict[str, Any]) -> None:
@@ -875,10 +692,3 @@ def _add_packed(optimizer: Any, packed: dict[str, Any]) -> None:
     for index, entries in optimizer._packed().items():
         mine = {PREFIX + key: tensor.clone() for key, tensor in entries.items()}
         packed["state"][index] = {**packed["state"].get(index, {}), **mine}
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    """The gradient, or zeros where none arrived."""
-    if parameter.grad is None:
-        return torch.zeros_like(parameter)
-    return parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad

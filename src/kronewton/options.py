@@ -1,4 +1,4 @@
-"""What a user may ask of the optimizer, checked once, at the border."""
+"""What a user may ask, checked once, at the border."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
@@ -19,39 +19,28 @@ LARGEST_SIDE = 4096
 BASES = ("factored", "eigen", "corrected", "adam")
 
 
-@dataclass(frozen=True)
-class Options:
-    """The constructor's options. A number fixes what "auto" would choose."""
+@dataclass(frozen=True, kw_only=True)
+class CurvatureOptions:
+    """What may be asked of the curvature, whoever uses it. A number fixes what "auto" chooses."""
 
-    lr: float | str
-    momentum: float | str
     damping: float | str
-    weight_decay: float
     trust_region: float | str | None
     fisher: str
     sharing: str | Mapping[str, str]
     basis: str
-    refine: int
-    refine_tolerance: float
-    curvature_batches: int
     factor_every: int | str
     inverse_every: int | str
-    adapt_every: int | str
     factor_decay: float | str
     largest_side: int | Mapping[str, int]
     draws: int
-    fallback_lr: float
     strict: bool
     seed: int
-    maximize: bool
     most_skips: int
-    averaging: float
+
+    BASES: ClassVar[tuple[str, ...]] = ("factored", "eigen", "corrected")
 
     def __post_init__(self) -> None:
-        _number("lr", self.lr, 0.0, auto=True)
-        _number("momentum", self.momentum, 0.0, auto=True)
         _number("damping", self.damping, 0.0, auto=True)
-        _number("weight_decay", self.weight_decay, 0.0)
         if self.trust_region is not None:
             _number("trust_region", self.trust_region, 0.0, auto=True, none=True)
         _choice("fisher", self.fisher, FISHERS)
@@ -59,23 +48,67 @@ class Options:
             _choice(f"sharing{pattern}", value, SHARINGS)
         for pattern, side in _by_pattern("largest_side", self.largest_side):
             _count(f"largest_side{pattern}", side, 1)
-        _choice("basis", self.basis, (AUTO, *BASES))
-        self._check_normalised()
-        for name in ("factor_every", "inverse_every", "adapt_every"):
+        _choice("basis", self.basis, (AUTO, *self.BASES))
+        for name in ("factor_every", "inverse_every"):
             _count(name, getattr(self, name), 1, auto=True)
         _count("draws", self.draws, 1)
         _count("seed", self.seed, 0)
+        _share("factor_decay", self.factor_decay, auto=True)
+        _count("most_skips", self.most_skips, 0)
+
+    @property
+    def first_basis(self) -> str:
+        """The basis to start with."""
+        return "factored" if self.basis == AUTO else self.basis
+
+    @property
+    def uses_model(self) -> bool:
+        """Whether something is chosen by the quadratic model."""
+        return False
+
+    @property
+    def over_all(self) -> bool:
+        """Whether steps are over all parameters together, those of no kind included."""
+        return False
+
+    def sharing_of(self, layer: str) -> str:
+        """What was asked for a layer: of the first pattern that its name matches."""
+        return _chosen(self.sharing, layer, AUTO)
+
+    def largest_side_of(self, layer: str) -> int:
+        """Likewise the side up to which a layer's factor is kept in full."""
+        return _chosen(self.largest_side, layer, LARGEST_SIDE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(CurvatureOptions):
+    """What may be asked of KFAC."""
+
+    lr: float | str
+    momentum: float | str
+    weight_decay: float
+    refine: int
+    refine_tolerance: float
+    curvature_batches: int
+    adapt_every: int | str
+    fallback_lr: float
+    maximize: bool
+    averaging: float
+
+    BASES: ClassVar[tuple[str, ...]] = BASES
+
+    def __post_init__(self) -> None:
+        _number("lr", self.lr, 0.0, auto=True)
+        _number("momentum", self.momentum, 0.0, auto=True)
+        super().__post_init__()
+        _number("weight_decay", self.weight_decay, 0.0)
+        self._check_normalised()
+        _count("adapt_every", self.adapt_every, 1, auto=True)
         _count("refine", self.refine, 0)
         _number("refine_tolerance", self.refine_tolerance, 0.0)
         _count("curvature_batches", self.curvature_batches, 1)
-        _number("factor_decay", self.factor_decay, 0.0, auto=True)
-        _number("averaging", self.averaging, 0.0)
-        for name in ("factor_decay", "averaging"):
-            value = getattr(self, name)
-            if not isinstance(value, str) and value >= 1:
-                raise OptionError(f"{name} must lie in [0, 1), not {value!r}.")
+        _share("averaging", self.averaging)
         _number("fallback_lr", self.fallback_lr, 0.0)
-        _count("most_skips", self.most_skips, 0)
         if not isinstance(self.maximize, bool):
             raise OptionError(f"maximize must be True or False, not {self.maximize!r}.")
 
@@ -104,9 +137,9 @@ class Options:
             )
 
     @property
-    def first_basis(self) -> str:
-        """The basis to start with."""
-        return "factored" if self.basis == AUTO else self.basis
+    def over_all(self) -> bool:
+        """Whether steps are over all parameters together, those of no kind included."""
+        return self.refine > 0  # the dial is
 
     @property
     def may_normalise(self) -> bool:
@@ -116,13 +149,9 @@ class Options:
 
     def sharing_of(self, layer: str) -> str:
         """What was asked for a layer: of the first pattern that its name matches."""
-        asked = _chosen(self.sharing, layer, AUTO)
+        asked = super().sharing_of(layer)
         # A preconditioner must leave no direction out: factors of few rows do.
         return "expand" if asked == AUTO and self.refine else asked
-
-    def largest_side_of(self, layer: str) -> int:
-        """Likewise the side up to which a layer's factor is kept in full."""
-        return _chosen(self.largest_side, layer, LARGEST_SIDE)
 
     @property
     def uses_model(self) -> bool:
@@ -153,7 +182,7 @@ def _chosen(value: T | Mapping[str, T], layer: str, default: T) -> T:
     return next((v for pattern, v in value.items() if fnmatchcase(layer, pattern)), default)
 
 
-def check_patterns(options: Options, layers: Sequence[str]) -> None:
+def check_patterns(options: CurvatureOptions, layers: Sequence[str]) -> None:
     """Refuse a pattern that no layer's name matches: it would change nothing in silence."""
     for name in ("sharing", "largest_side"):
         value = getattr(options, name)
@@ -288,6 +317,12 @@ def _number(name: str, value: Any, least: float, *, auto: bool = False, none: bo
         return
     allowed = [f"a number ≥ {least:g}", *(["'auto'"] if auto else []), *(["None"] if none else [])]
     raise OptionError(f"{name} must be {' or '.join(allowed)}, not {value!r}.")
+
+
+def _share(name: str, value: Any, *, auto: bool = False) -> None:
+    _number(name, value, 0.0, auto=auto)
+    if not isinstance(value, str) and value >= 1:
+        raise OptionError(f"{name} must lie in [0, 1), not {value!r}.")
 
 
 def _count(name: str, value: Any, least: int, *, auto: bool = False) -> None:
