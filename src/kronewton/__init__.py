@@ -7,11 +7,13 @@
 from kronewton import derivation, errors, losses
 from kronewton.explain import Explanation, explain
 from kronewton.optimizer import KFAC
+from kronewton.preconditioner import Preconditioner
 
 __version__ = "0.1.0"
 __all__ = [
     "KFAC",
     "Explanation",
+    "Preconditioner",
     "__version__",
     "derivation",
     "errors",

@@ -280,7 +280,7 @@ class KFAC(Optimizer):
             )
         planner.look_back(parts)
         turn = self._steps // planner.intervals()[0]  # others of its examples in every capture
-        self._watched.learn(parts, planner.decay(), turn, planner.rows())
+        self._watched.learn(parts, planner.decay(), planner.rows(), turn)
         if self._previous is not None:  # the model may have been cast since
             self._previous = [
                 t.to(p) for t, p in zip(self._previous, self._parameters, strict=True)

@@ -14,6 +14,7 @@ from kronewton.errors import ModelError, OptionError, UnsupportedError
 
 AUTO = "auto"
 FISHERS = ("sampled", "exact", "empirical")
+GRAFTINGS = ("layer", "global")
 SHARINGS = ("auto", "expand", "reduce", "best")
 LARGEST_SIDE = 4096
 BASES = ("factored", "eigen", "corrected", "adam")
@@ -158,6 +159,25 @@ class Options(CurvatureOptions):
         """Whether something is chosen by the quadratic model."""
         automatic = AUTO in (self.lr, self.momentum, self.damping)
         return automatic or self.trust_region is not None or self.refine > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreconditionerOptions(CurvatureOptions):
+    """What may be asked of Preconditioner."""
+
+    grafting: str | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.grafting is None:
+            return
+        _choice("grafting", self.grafting, (*GRAFTINGS, None))
+        if self.trust_region not in (AUTO, None):
+            raise OptionError(
+                f"trust_region={self.trust_region!r} has no use with grafting={self.grafting!r}, "
+                "which makes the result as long as the gradient. Leave it out, or give "
+                "grafting=None."
+            )
 
 
 T = TypeVar("T")
@@ -332,6 +352,6 @@ def _count(name: str, value: Any, least: int, *, auto: bool = False) -> None:
         raise OptionError(f"{name} must be a whole number ≥ {least}, not {value!r}.")
 
 
-def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def _choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
         raise OptionError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}.")

@@ -21,8 +21,12 @@ from kronewton.planner import Planner
 from kronewton.structure import DENSE, DIAGONAL, side_of
 
 VERSION = 6
+PRECONDITIONER_VERSION = 1
 NOT_OF_LAYERS = ("previous", "generator", "scalars", *SAVED)  # in a parameter's part of the state
 PREFIX = "kfac_"  # in front of every key of ours, beside those of the fallback
+_PRECONDITIONERS = {
+    "basis", "steps", "skipped", "capturing", "scale", "largest", "generator", "layers",
+}  # fmt: skip
 SCALARS = (
     "version",
     "steps",
@@ -243,6 +247,31 @@ def require_same_layer(layer: Layer, kept: Mapping[str, Tensor], largest: int) -
         if tensor.shape not in [torch.Size((*shape[:-2], *one)) for one in allowed]:
             wanted = torch.Size((*shape[:-2], *allowed[0]))
             raise _of_another_model("a factor", tensor, f"layer '{layer.name}'", wanted)
+
+
+def require_preconditioners(state_dict: Any, basis: str, layers: Mapping[str, Layer]) -> None:
+    """Raise StateError unless it is the state of a Preconditioner with this basis and model."""
+    entries = state_dict if isinstance(state_dict, Mapping) else {}
+    kept = entries.get("layers")
+    tables = isinstance(kept, Mapping) and all(isinstance(t, Mapping) for t in kept.values())
+    complete = tables and set(entries) >= _PRECONDITIONERS
+    if entries.get("version") != PRECONDITIONER_VERSION or not complete:
+        raise StateError(
+            "load_state_dict was given something that is not a state_dict of this version's "
+            f"Preconditioner (format {PRECONDITIONER_VERSION}). Pass what "
+            "preconditioner.state_dict() returned, with the version of kronewton that wrote it."
+        )
+    if entries["basis"] != basis:
+        raise StateError(
+            f"the state_dict was saved with basis={entries['basis']!r} and this Preconditioner has "
+            f"{basis!r}. Build it with the basis that the state was saved with."
+        )
+    strange = [name for name in entries["layers"] if name not in layers]
+    if strange:
+        raise StateError(
+            f"the state_dict holds the curvature of layer '{strange[0]}', and this model has no "
+            "such layer: it was saved for another model. Load the state of this model."
+        )
 
 
 def first_of(layer: Layer) -> Tensor:

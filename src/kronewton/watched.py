@@ -119,7 +119,7 @@ class Watched:
         )
 
     def learn(
-        self, parts: Sequence[Part], decay: float, turn: int, rows: int | None = None
+        self, parts: Sequence[Part], decay: float, rows: int | None = None, turn: int = 0
     ) -> None:
         """Add a batch to the running factors, see `Curvature.learn`; say what is amiss with it."""
         assert self.model is not None
