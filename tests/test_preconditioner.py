@@ -366,21 +366,26 @@ def test_several_forwards_and_one_backward_are_one_batch(criterion):
 
 
 @float64
-def test_gradients_that_nobody_zeroes_are_warned_of_once_and_others_are_not():
+def test_gradients_that_nobody_zeroes_are_warned_of():
     task = Task()
     optimizer = SGD(task.model[2].parameters(), lr=0.01)  # of the last layer only
+    task.step()
+    optimizer.zero_grad()
+    task.backward()
+    with pytest.warns(KronewtonWarning, match=r"an earlier step\(\) had replaced already"):
+        task.preconditioner.step()
+
+
+@float64
+@pytest.mark.parametrize("how", ["zeroed", "None", "another loss first"])
+def test_a_loop_that_zeroes_its_gradients_is_not_warned(how):
+    task = Task()
     with warnings.catch_warnings():
         warnings.simplefilter("error", KronewtonWarning)
-        task.step()
-    with pytest.warns(KronewtonWarning, match="an earlier step.. had replaced already"):
-        task.step()
-    task.model.zero_grad()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", KronewtonWarning)
-        for set_to_none in (True, False):
-            optimizer.zero_grad(set_to_none)
-            task.model.zero_grad(set_to_none)
-            sum((p.square().sum() for p in task.model.parameters()), torch.zeros(())).backward()
+        for _ in range(3):
+            task.model.zero_grad(how != "zeroed")
+            if how == "another loss first":
+                sum((p.square().sum() for p in task.model.parameters()), torch.zeros(())).backward()
             task.step()
 
 
@@ -683,8 +688,8 @@ def test_weights_stay_finite_whatever_is_wrong(optimizer, where, basis):
 @pytest.mark.filterwarnings("ignore::kronewton.errors.KronewtonWarning")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_what_is_skipped_moves_no_weight_and_is_counted(optimizer):
-    for x_or_gradient in ("input", "gradient"):
-        training = Training(optimizer, most_skips=2)
+    for x_or_gradient, options in (("input", {}), ("gradient", {}), ("gradient", PLAIN)):
+        training = Training(optimizer, most_skips=2, **options)
         for _ in range(3):
             training.one()
         before = vector(training.model)
@@ -744,6 +749,26 @@ def test_the_last_good_inverse_is_kept(basis, monkeypatch):
     assert not vector(training.model).equal(before)
     with pytest.raises(NotPositiveDefinite, match="'0'"):
         fresh.one()
+
+
+@pytest.mark.filterwarnings("ignore::kronewton.errors.KronewtonWarning")
+@pytest.mark.parametrize(
+    ("value", "places", "skipped"), [(math.nan, ("factor", "inverse"), 0), (1e30, ("inverse",), 1)]
+)
+def test_what_is_damaged_is_made_anew_from_the_next_batch(value, places, skipped):
+    every = 1 if skipped == 0 else 50
+    training = Training("SGD", basis="eigen", factor_every=50, inverse_every=every)
+    for _ in range(5):
+        training.one()
+    for where in places:
+        for t in training.kept(where):
+            t.fill_(value)
+    training.one()
+    training.one()
+    assert training.numbers["skipped"] == skipped
+    for where in ("factor", "inverse"):
+        assert list(training.kept(where))
+        assert all(bool((t.abs() < 1e6).all()) for t in training.kept(where))
 
 
 # The state.
@@ -817,6 +842,8 @@ def test_resumed_it_goes_on_bit_for_bit(name):
     members = (again.model, again.optimizer, again.preconditioner)
     for member, state in zip(members, torch.load(stream, weights_only=True), strict=True):
         member.load_state_dict(state)
+    mine, theirs = again.preconditioner.state_dict(), first.preconditioner.state_dict()
+    assert all(mine[k] == v for k, v in theirs.items() if not isinstance(v, (Tensor, dict)))
     assert vector(again.steps(range(7, 13)).model).equal(vector(whole.model))
 
 

@@ -147,17 +147,16 @@ class Preconditioner:
         Raises CriterionError if gradients do not come from the criterion, SkippedError.
         """
         watched, watcher = self._watched, self._watcher
-        if all(p.grad is None for p in watched.all) and not watcher.foreign:
-            watcher.discard()
-        elif watched.moves(watcher) or watcher.foreign:
-            watched.concerns.just_skipped = False
-            parts = watched.collected(watcher, 1.0 if scaler is None else scaler.get_scale())
-            if scaler is not None and not self._bearable([]):
-                self._throw_away()  # scales that are too large are the scaler's business
-                return
-            self._warn_of(watcher, parts if scaler is None else [])
-            self._step(watcher, parts)
-            watched.concerns.stop_if_stuck()
+        if not (watched.moves(watcher) or watcher.foreign):
+            return
+        watched.concerns.just_skipped = False
+        parts = watched.collected(watcher, 1.0 if scaler is None else scaler.get_scale())
+        if scaler is not None and not self._bearable([]):
+            self._throw_away()  # scales that are too large are the scaler's business
+            return
+        self._warn_of(watcher, parts if scaler is None else [])
+        self._step(watcher, parts)
+        watched.concerns.stop_if_stuck()
 
     def _step(self, watcher: Watcher, parts: list[Part]) -> None:
         every = self._every("factor_every", FACTOR_EVERY)
