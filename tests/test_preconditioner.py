@@ -9,6 +9,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -914,6 +915,18 @@ def test_closed_or_forgotten_it_leaves_no_hooks():
             gc.collect()
         assert not task.criterion._forward_hooks
         assert not task.model[0]._forward_hooks
+
+
+def test_the_code_of_the_page_runs():
+    page = (Path(__file__).parents[1] / "docs" / "preconditioner.md").read_text(encoding="utf-8")
+    (code,) = [part.partition("```")[0] for part in page.split("```python\n")[1:]]
+    model, before = net(), net()
+    names = {"torch": torch, "kn": kn, "model": model, "loader": [data(), data(9)]}
+    exec(
+        compile(code, "docs/preconditioner.md", "exec"),
+        {**names, "criterion": nn.CrossEntropyLoss()},
+    )
+    assert not vector(model).equal(vector(before))
 
 
 def test_it_is_a_public_name():
