@@ -1,4 +1,4 @@
-"""The only place with hooks: watches the model and the criterion, hands over statistics.
+"""The only place that registers hooks: watches the model and the criterion, hands over statistics.
 
 A forward hook on each layer keeps its input and the place of its output in the graph. When the
 criterion is called, Λ of its input is known, and one extra backward pass per draw or column gives
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import mode
 from typing import Any, ClassVar
@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kronewton.errors import CriterionError, UnsupportedError
+from kronewton.filing import Filing
 from kronewton.fisher import Fisher
-from kronewton.layers import ENTRIES, TURNED, Call, DenseRows, Found, Layer, Seen
-from kronewton.layers.base import at_least_float32
+from kronewton.hooks import Arrival, Commit, Hook, Received, remove
+from kronewton.layers import TURNED, Call, Found, Layer, Seen
 from kronewton.layers.functional import matrices, sightings
 from kronewton.losses import check, check_values
-from kronewton.part import LayerCall, Part, Wanted
+from kronewton.part import LayerCall, Part
 from kronewton.recording import Recorder, Use
 from kronewton.replay import (
     Bridge,
@@ -40,9 +41,7 @@ from kronewton.replay import (
     random_state,
     versions,
 )
-from kronewton.rows import gradient_of, joined, own_gradient, row_weights, tolerance, with_mask
-from kronewton.structure import DIAGONAL
-from kronewton.types import Statistics
+from kronewton.rows import joined
 
 OWN_FUNCTIONS = (nn.MultiheadAttention,)  # modules that are seen from inside, wherever called from
 CHECKED = 3  # captures in which the criteria are compared with the whole loss
@@ -71,10 +70,9 @@ class Watcher:
         self._indirect = False  # the criterion was seen on something that the model did not return
         self.replays = replays
         self.found, self.fisher, self.criteria = found, fisher, tuple(criteria)
-        self.unexplained: dict[str, str] = {}  # layers whose rows do not give their gradient: why
         self.partial = ""  # why the criteria are not the whole loss, once that has shown
         self._to_check = CHECKED if criteria and not fisher.rides_along else 0
-        self._verified: set[str] = set()
+        self.filing = Filing(found.layers)
         self._inside = {id(m) for m in model.modules()} & {id(c) for c in criteria}
         self.layers: dict[int, list[Layer]] = {}  # by the module whose calls show them
         for layer in [*found.layers, *found.guests]:
@@ -82,11 +80,11 @@ class Watcher:
                 self.layers.setdefault(id(layer.module), []).append(layer)
         self._changing = ChangingBuffers(model)
         self._model = weakref.ref(model)
-        self._waiting: list[_Arrival] = []
+        self._waiting: list[Arrival] = []
         self._recorder = Recorder(self._on_use)
         self._recording: list[bool] = []  # of the modules that are running: whether it was entered
         self._clear()
-        self._finalizer = weakref.finalize(self, _remove, self._hooks(model))
+        self._finalizer = weakref.finalize(self, remove, self._hooks(model))
 
     def _hooks(self, model: nn.Module) -> list[Any]:
         """Register every hook there is."""
@@ -94,19 +92,19 @@ class Watcher:
         named = {"with_kwargs": True}
         handles: list[Any] = []
         for module in modules.values():
-            hook = _Hook(self, module, "_on_layer")
+            hook = Hook(self, module, "_on_layer")
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
         for module in (model, *(m for m in model.modules() if isinstance(m, OWN_FUNCTIONS))):
             handles += [
-                module.register_forward_pre_hook(_Hook(self, module, "_enter")),
-                module.register_forward_hook(_Hook(self, module, "_leave"), always_call=True),
+                module.register_forward_pre_hook(Hook(self, module, "_enter")),
+                module.register_forward_hook(Hook(self, module, "_leave"), always_call=True),
             ]
-        before, after = _Hook(self, model, "_before_model"), _Hook(self, model, "_after_model")
+        before, after = Hook(self, model, "_before_model"), Hook(self, model, "_after_model")
         handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(model.register_forward_hook(after))
         for criterion in self.criteria:
-            before = _Hook(self, criterion, "_before_criterion")
-            after = _Hook(self, criterion, "_on_criterion")
+            before = Hook(self, criterion, "_before_criterion")
+            after = Hook(self, criterion, "_on_criterion")
             handles.append(criterion.register_forward_pre_hook(before, **named))
             handles.append(criterion.register_forward_hook(after, **named))
         return handles
@@ -162,7 +160,8 @@ class Watcher:
             Watcher._pauses -= 1
 
     @property
-    def _paused(self) -> bool:
+    def inert(self) -> bool:
+        """Whether what happens now is no training's: a replay, or a pass of one's own."""
         return Watcher._pauses > 0
 
     def collect(self) -> tuple[list[Part], bool]:
@@ -188,7 +187,7 @@ class Watcher:
     # The model and its layers.
 
     def _watching(self) -> bool:
-        if self._paused or not torch.is_grad_enabled():
+        if self.inert or not torch.is_grad_enabled():
             return False
         # Inside torch.func's transforms a call is a function's and not the training's.
         return torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
@@ -230,7 +229,7 @@ class Watcher:
         self._outputs += [(self._forward, t, call, path) for path, t in outputs]
         for _, tensor in outputs if self._checking else ():
             if tensor.requires_grad:
-                tensor.register_hook(_Received(self, id(tensor)))
+                tensor.register_hook(Received(self, id(tensor)))
 
     @property
     def _checking(self) -> bool:
@@ -292,7 +291,7 @@ class Watcher:
     def _await(self, call: LayerCall, outputs: Sequence[Tensor | GradientEdge]) -> None:
         """Wait for the training gradients in a layer's outputs."""
         for k, output in enumerate(outputs):
-            hook = _Arrival(self, call, k)
+            hook = Arrival(self, call, k)
             self._waiting.append(hook)
             if isinstance(output, Tensor):
                 output.register_hook(hook)
@@ -368,7 +367,7 @@ class Watcher:
                     "computes, and its Hessian is taken in the first one only. Let the model "
                     "return one tensor that the criterion takes apart"
                 )
-            loss.register_hook(_Commit(self, part))
+            loss.register_hook(Commit(self, part))
 
     @torch.enable_grad()
     def observe(self, criterion: nn.Module, output: Tensor, targets: Sequence[Tensor]) -> None:
@@ -386,7 +385,7 @@ class Watcher:
                 "it what the model that was given to KFAC returns."
             )
         part.loss = loss.detach()
-        output.register_hook(_Commit(self, part, gradient))
+        output.register_hook(Commit(self, part, gradient))
 
     def _new_part(
         self, criterion: nn.Module, output: Tensor, targets: Sequence[Tensor]
@@ -428,14 +427,14 @@ class Watcher:
 
     def _backpropagate(self, part: Part, output: Tensor) -> bool:
         """Fill in the part's statistics; False if no watched layer leads to its output."""
-        calls = [call for call in self.calls if call.layer.name not in self.unexplained]
+        calls = [call for call in self.calls if call.layer.name not in self.filing.unexplained]
         part.batched = not calls or any(call.seen.batched for call in calls)
         if self.fisher.rides_along:
             if part.call is not None or not calls:
                 return bool(calls)
             part.forwards = frozenset(call.forward for call in calls)
             return _leads_to([edge for call in calls for edge in call.edges], output)
-        wanted = self._wanted(calls)
+        wanted = self.filing.wanted(calls)
         with torch.no_grad():
             weights = part.curvature().weights
         rows: list[list[Tensor | None]] = []
@@ -446,101 +445,7 @@ class Watcher:
                 if not wanted.sources:
                     return False
                 rows.append(_pulled(output, wanted.sources, u))
-        return self._file(part, wanted, rows, weights)
-
-    def _wanted(self, calls: Sequence[LayerCall]) -> Wanted:
-        """In what gradients are needed: outputs of layers, and some parameters themselves."""
-        shown = {call.layer.name for call in calls}
-        alone = [
-            layer
-            for layer in self.found.layers
-            if layer.name not in shown and any(p.requires_grad for p in layer.whole().values())
-        ]
-        new = [
-            layer
-            for layer in self.found.layers
-            if layer.name in shown and layer.name not in self._verified
-        ]
-        return Wanted(calls, alone, new)
-
-    @torch.no_grad()
-    def _file(
-        self,
-        part: Part,
-        wanted: Wanted,
-        rows: Sequence[Sequence[Tensor | None]],
-        weights: Tensor,
-    ) -> bool:
-        reached: dict[str, list[tuple[LayerCall, Tensor]]] = {}
-        for call, at in zip(wanted.calls, wanted.of_calls, strict=True):
-            found = [gradients[at] for gradients in rows]
-            if all(any(g is not None for g in draw) for draw in found):
-                b = _side_by_side([call.rows(draw) for draw in found])
-                reached.setdefault(call.term, []).append((call, b))
-        alone = {
-            layer.name: [own_gradient(layer, draw, wanted.place) for draw in rows]
-            for layer in (*wanted.alone, *wanted.new)
-        }
-        for layer in wanted.new:
-            self._verify(layer, reached, alone[layer.name])
-            if layer.name not in self.unexplained:
-                alone.pop(layer.name)
-        for name, G in alone.items():
-            if all(g is not None for g in G):
-                self._file_entries(part, name, torch.stack([g for g in G if g is not None]))
-        for term, seen in reached.items():
-            if seen[0][0].layer.name not in self.unexplained:
-                part.statistics[term] = [self._statistics(call, b, weights) for call, b in seen]
-        used = {call.forward for seen in reached.values() for call, _ in seen}
-        part.forwards = part.forwards | used
-        return bool(used or part.statistics)
-
-    def _verify(
-        self,
-        layer: Layer,
-        reached: Mapping[str, list[tuple[LayerCall, Tensor]]],
-        exact: Sequence[Tensor | None],
-    ) -> None:
-        """Compare a layer's gradient with what its rows make of it, when it is first seen.
-
-        A matrix that is used in ways that nobody has seen (by a function that is not watched, or
-        by a module that is not what it seems) would have a block that is wrong without a word.
-        """
-        G = exact[0]
-        if G is None or not bool(G.any()):
-            return
-        self._verified.add(layer.name)
-        made, size = torch.zeros_like(G), G.new_zeros(())
-        for term, seen in reached.items():
-            for call, b in seen:
-                if call.layer is layer:
-                    first = b.select(-4, 0)  # (…, N, S, d_out)
-                    g = gradient_of(call.a, first)
-                    made += g.mT if term.endswith(TURNED) else g
-                    squares = call.a.second_moment(None, DIAGONAL).sum()
-                    size += first.norm() * squares.sqrt()  # what may have cancelled
-        rounding = 100 * torch.finfo(G.dtype).eps * size
-        if bool((made - G).norm() > tolerance(layer, G) * G.norm() + rounding):
-            self.unexplained[layer.name] = (
-                "it is used in a way that cannot be watched, beside or instead of its module's call"
-            )
-            self._verified.discard(layer.name)
-
-    def _file_entries(self, part: Part, name: str, G: Tensor) -> None:
-        """Gradients in a layer's own entries (V, …) as rows of one example."""
-        b = G.flatten(1)[:, None, None, :]  # (V, 1, 1, numbers)
-        ones = DenseRows(b.new_ones(1, 1, 1))
-        stats = Statistics(ones, b, b.new_ones(()), 1, max(part.forwards, default=0))
-        part.statistics[name + ENTRIES] = [stats]
-
-    def _statistics(self, call: LayerCall, b: Tensor, weights: Tensor) -> Statistics:
-        N, S = call.a.counts
-        w = row_weights(weights, N, S)
-        if call.seen.present is not None:
-            w = with_mask(w, call.seen.present & _alive(b))
-        elif S > 1 and not call.layer.kind.sums(call.layer) and b.dim() == 4:
-            w = with_mask(w, _alive(b))
-        return Statistics(call.a, b, w, weights.numel() // N if weights.dim() else 0, call.forward)
+        return self.filing.file(part, wanted, rows, weights)
 
     # What arrives in the user's own backward pass.
 
@@ -560,7 +465,8 @@ class Watcher:
         elif not self.pending:
             self.stale = True
 
-    def _commit(self, part: Part, weight: Tensor) -> None:
+    def commit(self, part: Part, weight: Tensor) -> None:
+        """Believe a part: what it is weighted with has arrived."""
         self._begin()
         if part.weight is None:
             self.parts.append(part)
@@ -569,7 +475,8 @@ class Watcher:
         if not self.fisher.rides_along:
             self.calls = [call for call in self.calls if call.forward not in part.forwards]
 
-    def _arrived(self, call: LayerCall, k: int, gradient: Tensor) -> None:
+    def arrived(self, call: LayerCall, k: int, gradient: Tensor) -> None:
+        """Keep the training gradient in a layer's output."""
         self._begin()
         # Outputs of one call (a recurrent layer's) arrive one by one; twice is another backward.
         for known, gradients in reversed(self._arrivals):
@@ -577,6 +484,11 @@ class Watcher:
                 gradients[k] = gradient
                 return
         self._arrivals.append((call, {k: gradient}))
+
+    def received(self, i: int, gradient: Tensor) -> None:
+        """Add up the gradients of the whole loss in an output of the model."""
+        known = self._received.get(i)
+        self._received[i] = gradient if known is None else known + gradient
 
     def _arrived_rows(self) -> Iterator[tuple[LayerCall, Tensor]]:
         for call, gradients in self._arrivals:
@@ -596,7 +508,7 @@ class Watcher:
                 continue
             # Of several calls of the criterion on one output only the sum of gradients arrives.
             together = sum(p.weight for p in parts if p.weight is not None)
-            stats = self._statistics(call, b, parts[0].curvature().weights)
+            stats = self.filing.statistics(call, b, parts[0].curvature().weights)
             root = stats.weights.sqrt() * together * (parts[0].weight / together).sqrt()
             root = torch.where(root > 0, root, torch.inf)  # masked rows stay zero
             rows = b / (root if root.dim() == 0 else root.unsqueeze(-1))
@@ -621,114 +533,9 @@ class Watcher:
         one = arrived[0][1].new_ones(())
         part = Part(nn.Identity(), one, (), [], weight=one)
         for call, b in arrived:
-            stats = self._statistics(call, b * N**0.5, one / N)
+            stats = self.filing.statistics(call, b * N**0.5, one / N)
             part.statistics.setdefault(call.term, []).append(stats)
         return [part]
-
-
-class _Hook:
-    """A forward hook that lives no longer than its watcher.
-
-    Holds weak references only: a deep copy of the model copies its hooks, and those must not
-    write the copy's statistics into the original's, nor keep an optimizer alive.
-    """
-
-    def __init__(self, watcher: Watcher, module: nn.Module, method: str) -> None:
-        self._watcher, self._module = weakref.ref(watcher), weakref.ref(module)
-        self._method = method
-
-    def __call__(self, module: nn.Module, *args: Any) -> None:
-        watcher = self._watcher()
-        if watcher is not None and self._module() is module:
-            getattr(watcher, self._method)(module, *args)
-
-    def __deepcopy__(self, memo: Any) -> _Hook:
-        return self
-
-    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
-        return _dead_hook, ()  # a pickled model has no optimizer
-
-
-def _dead_hook() -> Callable[..., None]:
-    return _nothing
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
-
-
-class _Commit:
-    """On the loss, or on an observed output: reads the weight of a part, and commits it."""
-
-    def __init__(self, watcher: Watcher, part: Part, expected: Tensor | None = None) -> None:
-        self._watcher, self._part, self._expected = weakref.ref(watcher), part, expected
-
-    def __call__(self, gradient: Tensor) -> None:
-        watcher = self._watcher()
-        if watcher is None or watcher._paused:
-            return
-        weight = gradient.detach()
-        if self._expected is not None:
-            # Projected on the criterion's own gradient: the loss is a multiple of the criterion.
-            expected = self._expected
-            weight = (weight * expected).sum() / expected.square().sum().clamp_min(1e-30)
-        watcher._commit(self._part, at_least_float32(weight))
-
-
-class _Received:
-    """On an output of the model: the gradient of the whole loss has arrived."""
-
-    def __init__(self, watcher: Watcher, i: int) -> None:
-        self._watcher, self._i = weakref.ref(watcher), i
-
-    def __call__(self, gradient: Tensor) -> None:
-        watcher = self._watcher()
-        if watcher is not None and not watcher._paused and not torch.is_grad_enabled():
-            known = watcher._received.get(self._i)
-            new = gradient.detach()
-            watcher._received[self._i] = new if known is None else known + new
-
-
-class _Arrival:
-    """On a layer's output: a training gradient has arrived."""
-
-    def __init__(self, watcher: Watcher, call: LayerCall, k: int) -> None:
-        self._watcher, self._k = weakref.ref(watcher), k
-        self._call: LayerCall | None = call
-
-    def let_go(self) -> None:
-        """Forget the call: what it keeps may hold the output, in whose graph this hook is."""
-        self._call = None
-
-    def __call__(self, gradient: Tensor) -> None:
-        watcher = self._watcher()
-        # With grad mode on it is a derivative that the loss is made of, and not the loss's own.
-        if watcher is None or watcher._paused or torch.is_grad_enabled():
-            return
-        if self._call is not None:
-            watcher._arrived(self._call, self._k, gradient.detach())
-
-    def of_node(self, place: int) -> Callable[[tuple[Tensor, ...]], None]:
-        """The same for a node of the graph, whose outputs' gradients come together."""
-
-        def hook(gradients: tuple[Tensor, ...]) -> None:
-            if gradients[place] is not None:
-                self(gradients[place])
-
-        return hook
-
-
-def _side_by_side(draws: Sequence[Tensor]) -> Tensor:
-    """Rows (…, N, S, d_out) of several draws as (…, V, N, S, d_out); of one without a copy."""
-    return draws[0].unsqueeze(-4) if len(draws) == 1 else torch.stack(list(draws), -4)
-
-
-def _alive(b: Tensor) -> Tensor:
-    """Of rows b (V, N, S, d_out) those that anything flows back to, (N, S)."""
-    first = (b[..., 0] != 0).any(0)
-    if b.device.type == "cpu" and bool(first.all()):
-        return first  # one entry of each row is enough to tell
-    return (b != 0).any(-1).any(0)
 
 
 def _folded(calls: Sequence[LayerCall], output: Tensor) -> int:
@@ -797,8 +604,3 @@ def _leads_to(sources: Sequence[Tensor | GradientEdge], output: Tensor) -> bool:
         allow_unused=True,
     )
     return any(gradient is not None for gradient in found)
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()

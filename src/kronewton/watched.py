@@ -130,7 +130,7 @@ class Watched:
         require_own_parameters([*self.layers, *self.guests], self.place, owner.name)
         if self.watcher.capturing:
             layers = [layer for layer in self.layers if not self.curvature.terms(layer.name)]
-            say(of_unexplained(self.watcher.unexplained))
+            say(of_unexplained(self.watcher.filing.unexplained))
             say(of_unseen(layers, {layer_of(term) for term in seen}, owner.name))
             say(of_new(self.model, self.known, owner))
 
@@ -200,7 +200,7 @@ class Watched:
         for layer in self.layers:
             for p in layer.whole().values():
                 layers.setdefault(id(p), []).append(layer)
-        unexplained = self.watcher.unexplained if self.watcher is not None else {}
+        unexplained = self.watcher.filing.unexplained if self.watcher is not None else {}
         rows = []
         for i, p in enumerate(self.all):
             name, why = self.names.get(id(p), f"#{i}"), self.reasons.get(id(p), "")
