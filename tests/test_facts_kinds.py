@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import kronewton as kn
+from zoo import Conv1D
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -244,6 +245,7 @@ FACTS = [
         lambda: Uses(lambda m, x: torch.addmm(m.bias, x, m.W), 3, 4), normal(1, 3), (3,),
         [("W",), ("bias",)],
     ),
+    Fact("GPT-2's Conv1D", on(lambda: Conv1D(4, 4)), normal(1, 3), (2,), [BOTH]),
     Fact(
         "F.embedding", lambda: Uses(lambda m, x: F.embedding(x, m.W), 6, 4), tokens(1), (3,),
         [("W",)],

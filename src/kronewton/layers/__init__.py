@@ -18,13 +18,13 @@ from kronewton.layers.convolution import (
 )
 from kronewton.layers.elementwise import PReLUKind
 from kronewton.layers.embedding import BagKind, EmbeddingKind
-from kronewton.layers.linear import LinearKind
+from kronewton.layers.linear import LINEAR, ConvOneKind, LinearKind, is_conv_one
 from kronewton.layers.lone import LoneKind
 from kronewton.layers.norm import NORMS, NormKind
 from kronewton.layers.recurrent import RECURRENT, RecurrentKind
 
 KINDS: dict[type[nn.Module], Kind] = {
-    nn.Linear: LinearKind(),
+    nn.Linear: LINEAR,
     **dict.fromkeys(CONVOLUTIONS, ConvolutionKind()),
     **dict.fromkeys(TRANSPOSED, TransposedKind()),
     **dict.fromkeys(NORMS, NormKind()),
@@ -36,6 +36,7 @@ KINDS: dict[type[nn.Module], Kind] = {
     **dict.fromkeys(RECURRENT, RecurrentKind()),
 }
 LONE = LoneKind()
+CONV_ONE = ConvOneKind()
 MATRICES = (LinearKind, EmbeddingKind)  # whose weight may be another one's transposed
 
 __all__ = [
@@ -56,7 +57,8 @@ __all__ = [
 def kind_of(module: nn.Module) -> Kind | None:
     """The kind of the nearest class in the module's ancestry, or None."""
     own = getattr(module, "cls_to_become", None) or type(module)  # a lazy module is not itself yet
-    return next((KINDS[base] for base in own.__mro__ if base in KINDS), None)
+    known = next((KINDS[base] for base in own.__mro__ if base in KINDS), None)
+    return CONV_ONE if known is None and is_conv_one(module) else known
 
 
 @dataclass(frozen=True)
