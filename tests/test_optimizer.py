@@ -618,6 +618,46 @@ def test_observe_equals_a_watched_criterion(fisher, options):
         assert float((vector(inner) - weights).norm() / weights.norm()) <= 1e-9
 
 
+class OwnLoss(nn.Module):
+    """As Hugging Face's models: the loss is computed inside, from all but the last position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net(3, 5, 4)
+
+    def forward(self, x, y):
+        logits = self.net(x)
+        loss = nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 4), y[:, 1:].reshape(-1))
+        return {"loss": loss, "logits": logits}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("fisher", ["exact", "sampled", "empirical"])
+@pytest.mark.parametrize("options", [PINNED, {}])
+def test_observe_equals_a_watched_criterion_where_the_model_computes_the_loss(
+    fisher, options, parts
+):
+    weights = []
+    for inside in (False, True):
+        torch.manual_seed(5)
+        model, criterion = OwnLoss(), nn.CrossEntropyLoss()
+        optimizer = KFAC(model, criterion, fisher=fisher, **options)
+        for _ in range(3):
+            x, y = torch.randn(6, 4, 3), torch.randint(0, 4, (6, 4))
+            optimizer.zero_grad()
+            for x_part, y_part in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                told = model(x_part, y_part)
+                output, target = told["logits"][:, :-1].flatten(0, 1), y_part[:, 1:].flatten()
+                if inside:
+                    optimizer.observe(output, target, criterion)
+                loss = told["loss"] if inside else criterion(output, target)
+                (loss / parts).backward()
+            optimizer.step()
+        weights.append(vector(model))
+        assert options or math.isfinite(float(optimizer.diagnostics()["predicted"]))
+    assert float((weights[1] - weights[0]).norm() / weights[0].norm()) <= 1e-9
+
+
 def test_observe_without_a_criterion_is_empirical():
     model, criterion, data = net(3, 5, 4), nn.CrossEntropyLoss(), batches(3)
     wanted = trained(model, criterion, data, fisher="empirical")

@@ -385,7 +385,13 @@ class Watcher:
                 "it what the model that was given to KFAC returns."
             )
         part.loss = loss.detach()
-        output.register_hook(Commit(self, part, gradient))
+        commit = Commit(self, part, gradient)
+        output.register_hook(commit)
+        if part.bridge is not None:  # the loss may have gone another way from the model's output
+            source = next(t for _, t, call, path in self._outputs
+                          if call is part.call and path == part.path)  # fmt: skip
+            expected = part.bridge.pull(gradient).detach()
+            source.register_hook(Commit(self, part, expected, commit))
 
     def _new_part(
         self, criterion: nn.Module, output: Tensor, targets: Sequence[Tensor]

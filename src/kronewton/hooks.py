@@ -62,15 +62,26 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 class Commit:
-    """On the loss, or on an observed output: reads the weight of a part, and commits it."""
+    """On the loss, or on an observed output: reads the weight of a part, and commits it.
 
-    def __init__(self, watcher: Told, part: Part, expected: Tensor | None = None) -> None:
+    rather: one nearer to the loss, which leaves nothing to do here if a gradient arrives there.
+    """
+
+    def __init__(
+        self,
+        watcher: Told,
+        part: Part,
+        expected: Tensor | None = None,
+        rather: Commit | None = None,
+    ) -> None:
         self._watcher, self._part, self._expected = weakref.ref(watcher), part, expected
+        self._rather, self.called = rather, False
 
     def __call__(self, gradient: Tensor) -> None:
         watcher = self._watcher()
-        if watcher is None or watcher.inert:
+        if watcher is None or watcher.inert or (self._rather and self._rather.called):
             return
+        self.called = True
         weight = gradient.detach()
         if self._expected is not None:
             # Projected on the criterion's own gradient: the loss is a multiple of the criterion.
