@@ -208,6 +208,41 @@ def changed(change: Callable[[Changing], None], steps: int = 12) -> tuple[Changi
     return model, outcome(model, run), losses
 
 
+def test_a_model_that_is_not_called_itself_is_said() -> None:
+    """As a LightningModule whose training_step calls what it is made of."""
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    torch.manual_seed(0)
+    x, y, criterion = torch.randn(9, 3), torch.randint(0, 2, (9,)), nn.CrossEntropyLoss()
+    for called in (True, False):
+        whole = Whole()
+        optimizer = kn.KFAC(whole, criterion)
+        criterion((whole if called else whole.inner)(x), y).backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        said = [w for w in caught if "Whole itself was not called" in str(w.message)]
+        assert len(said) == (not called)
+        assert bool(optimizer.diagnostics()["predicted"].isfinite()) == called
+        optimizer.close()
+
+
+def test_a_criterion_without_a_model_is_said() -> None:
+    parameters, criterion = list(nn.Linear(3, 2).parameters()), nn.CrossEntropyLoss()
+    with pytest.warns(KronewtonWarning, match=r"no model.*AdamW trains all parameters"):
+        kn.KFAC(parameters, criterion)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kn.KFAC(parameters)  # which asks for nothing else
+
+
 def test_an_added_layer_is_said() -> None:
     added = nn.Linear(5, 5)
     start = added.weight.detach().clone()

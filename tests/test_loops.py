@@ -375,6 +375,34 @@ def test_the_default_device_is_not_asked(fisher, options, request):
     assert found.equal(wanted)
 
 
+class Elsewhere:
+    """The generator of a device that this machine need not have."""
+
+    device = torch.device("cuda", 0)
+
+    def initial_seed(self) -> int:
+        return 0
+
+    def get_state(self) -> Tensor:
+        return torch.zeros(16, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "sampled"])
+def test_draws_follow_a_model_that_has_been_moved(fisher):
+    """Accelerate moves it when the optimizer is made, and so do many loops."""
+    data, criterion = batches(4), nn.CrossEntropyLoss()
+    wanted = run_with(lambda m: m, net(), data, fisher=fisher)
+    model = net()
+    optimizer = KFAC(model, criterion, fisher=fisher)
+    optimizer._watched.fisher.generator = Elsewhere()  # as if the model had been there
+    optimizer.load_state_dict(optimizer.state_dict())  # which Accelerate does, too
+    for x, y in data:
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+    assert vector(model).equal(wanted)
+
+
 class Varied(nn.Module):
     """A packed recurrence, a bag, a tied table and a convolution of few windows."""
 

@@ -132,6 +132,19 @@ def of_products(planner: Planner, parts: Sequence[Part]) -> Iterator[str]:
         )
 
 
+def of_uncalled(planner: Planner, parts: Sequence[Part]) -> Iterator[str]:
+    """Where the model that was given is not what the loop calls, and so cannot be run again."""
+    watched = [part for part in parts if part.loss is not None and part.call is None]
+    # Calls of the model are numbered from 1.
+    if planner.options.uses_model and any(0 in part.forwards for part in watched):
+        name = type(planner.replayer.model).__name__
+        yield (
+            f"the loss was computed from modules inside {name}, and {name} itself was not called: "
+            "the batch cannot be run again, there is no quadratic model, and fixed rules choose "
+            f"what is automatic. Give KFAC the module that the loop calls, or call {name}."
+        )
+
+
 def of_new(model: nn.Module, known: Collection[int], owner: Owner) -> Iterator[str]:
     """Which parameters have come to the model since, for they are not covered."""
     for name, p in model.named_parameters():

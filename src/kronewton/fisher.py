@@ -21,6 +21,19 @@ class Fisher:
         """Whether the user's own backward pass brings the rows."""
         return self.mode == "empirical"
 
+    def _on(self, device: torch.device) -> torch.Generator:
+        """The generator of a device: the model may have been moved since the optimizer was made."""
+        if self.generator.device != device:
+            seed = self.generator.initial_seed()
+            self.generator = torch.Generator(device).manual_seed(seed)
+        return self.generator
+
+    def resume(self, state: Tensor, device: torch.device) -> None:
+        """Go on drawing where a saved generator was; another kind of device's starts anew."""
+        generator = self._on(device)
+        if state.shape == generator.get_state().shape:
+            generator.set_state(state.cpu())
+
     def cotangents(self, at: OutputCurvature, folded: int = 1) -> Iterator[Tensor]:
         """Cotangents u at the criterion's input with Σ u u' = Λ, or its expectation.
 
@@ -36,7 +49,7 @@ class Fisher:
                     yield self._signed(_every(column, t, folded))
             return
         for _ in range(self.draws):
-            draw = at.draw(self.generator)
+            draw = at.draw(self._on(at.weights.device))
             yield draw if self.draws == 1 else draw * self.draws**-0.5
 
     def _signed(self, column: Tensor) -> Tensor:
@@ -48,7 +61,8 @@ class Fisher:
         """
         if column.dim() == 0 or len(column) == 1:
             return column
-        draw = torch.randint(0, 2, (len(column),), generator=self.generator, device=column.device)
+        generator, place = self._on(column.device), column.device
+        draw = torch.randint(0, 2, (len(column),), generator=generator, device=place)
         return column * (2 * draw - 1).to(column.dtype).reshape(-1, *[1] * (column.dim() - 1))
 
 

@@ -15,7 +15,14 @@ from torch.optim import Optimizer
 
 from kronewton.averaging import Averages
 from kronewton.capture import Watcher
-from kronewton.concerns import NO_CURVATURE, NOT_FINITE, Owner, of_products, require_curved
+from kronewton.concerns import (
+    NO_CURVATURE,
+    NOT_FINITE,
+    Owner,
+    of_products,
+    of_uncalled,
+    require_curved,
+)
 from kronewton.coverage import Coverage
 from kronewton.curvature import ADAM, due, due_in_turn
 from kronewton.errors import ModelError, StateError
@@ -187,6 +194,12 @@ class KFAC(Optimizer):
         )  # fmt: skip
         self._parameters, self._place, self._all = watched.parameters, watched.place, watched.all
         self._planner: Planner | None = None
+        if criteria and model is None:
+            self._concerns.say(
+                "a criterion was given and no model, so that nothing can be watched and AdamW "
+                "trains all parameters. Pass KFAC(model, criterion), or "
+                "KFAC(parameters, criterion, model=model)."
+            )
         if options.refine and not self._layers:
             self._concerns.say(
                 f"refine={options.refine} was asked for, and no layer of the model is of a kind "
@@ -278,6 +291,8 @@ class KFAC(Optimizer):
                 f"{watcher.partial}. Until then the curvature is that of the watched part, no "
                 "quadratic model is asked, and fixed rules choose what is automatic."
             )
+        if watcher.capturing:
+            self._concerns.say_all(of_uncalled(planner, parts))
         planner.look_back(parts)
         turn = self._steps // planner.intervals()[0]  # others of its examples in every capture
         self._watched.learn(parts, planner.decay(), planner.rows(), turn)
@@ -494,7 +509,8 @@ class KFAC(Optimizer):
         """Take statistics of a loss that no watched module computes, before its backward().
 
         `criterion(output, target)` must be the loss, up to a constant factor, which is read from
-        the gradient that arrives at `output`. A target of several tensors is given as a tuple.
+        the gradient that arrives at `output`, or at the model's own output where the loss was
+        computed from that in another way. A target of several tensors is given as a tuple.
         """
         self._watched.observe(output, target, criterion)
 
@@ -560,7 +576,7 @@ class KFAC(Optimizer):
             entries[place[id(p)]]["previous"] = step
         for p in self._all:
             entries[place[id(p)]].update(self._averages.tensors(p))
-        entries[0]["generator"] = self._watched.generator.get_state()
+        entries[0]["generator"] = self._watched.fisher.generator.get_state()
         entries[0]["scalars"] = scalars(self._scalars())
         return {i: found for i, found in entries.items() if found}
 
@@ -647,7 +663,7 @@ class KFAC(Optimizer):
         ]
         self._previous = found if len(found) == len(steps) and found else None
         self._averages.load([(p, ours.get(place[id(p)], {})) for p in self._all])
-        self._watched.generator.set_state(ours[0]["generator"].cpu())
+        self._watched.fisher.resume(ours[0]["generator"], self._all[0].device)
         self._load_scalars(numbers)
 
     def _load_scalars(self, numbers: Mapping[str, float | None]) -> None:

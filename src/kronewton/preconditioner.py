@@ -322,7 +322,7 @@ class Preconditioner:
             "capturing": self._watcher.capturing,
             "scale": self._curvature.scale,
             "largest": self._curvature.largest,
-            "generator": self._watched.generator.get_state(),
+            "generator": self._watched.fisher.generator.get_state(),
             "layers": {n: {k: t.clone() for k, t in own.items()} for n, own in kept.items() if own},
         }
 
@@ -338,7 +338,7 @@ class Preconditioner:
         self._watched.load(state_dict["layers"], state_dict["basis"])
         self._curvature.scale = float(state_dict["scale"])
         self._curvature.largest = float(state_dict["largest"])
-        self._watched.generator.set_state(state_dict["generator"].cpu())
+        self._watched.fisher.resume(state_dict["generator"], self._watched.all[0].device)
         self._watched.concerns.skipped = int(state_dict["skipped"])
         self._watcher.capturing = bool(state_dict["capturing"])
         self._steps = int(state_dict["steps"])

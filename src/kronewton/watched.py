@@ -62,8 +62,8 @@ class Watched:
         ]
         self.place = {id(p): i for i, p in enumerate(self.parameters)}
         self._uncovered = [i for i, p in enumerate(self.parameters) if id(p) not in covered]
-        self.generator = torch.Generator(self.all[0].device).manual_seed(options.seed)
-        self.fisher = Fisher(mode, options.draws, self.generator)
+        generator = torch.Generator(self.all[0].device).manual_seed(options.seed)
+        self.fisher = Fisher(mode, options.draws, generator)
         self.curvature = Curvature(
             found.layers, options.first_basis, options.sharing_of, options.largest_side_of
         )
