@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint bench slow clean
+.PHONY: demo test lint bench slow examples clean
 
 demo: $(READY)
 	$(BIN)/kronewton demo --out demo
@@ -12,8 +12,8 @@ test: lint
 	$(BIN)/pytest -n 2 -m "not slow"
 
 lint: $(READY)
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests examples
+	$(BIN)/ruff format --check src tests examples
 	$(BIN)/mypy
 
 # Step costs, and four tasks by the clock: each rival at the best of three settings, three seeds.
@@ -23,6 +23,11 @@ bench: $(READY)
 
 slow: $(READY)
 	$(BIN)/pytest -m slow
+
+# With the frameworks that docs/frameworks.md is about, which nothing else needs.
+examples: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[frameworks]'
+	$(BIN)/pytest tests/test_examples.py
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

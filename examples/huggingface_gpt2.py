@@ -41,11 +41,10 @@ def trainer_of(folder, options=None, **arguments):
     model = GPT2LMHeadModel(config)
     optimizer = kn.KFAC(model, criterion, **(options or {}))
     settings = {
-        "max_steps": 80,
+        "max_steps": 60,
         "per_device_train_batch_size": 16,
         "gradient_accumulation_steps": 2,
         "max_grad_norm": 0,  # K-FAC bounds its own step; Trainer would clip at 1
-        "warmup_steps": 0,
         "logging_steps": 10,
         "save_strategy": "no",
         "report_to": [],
