@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from cases import CASES, PLAIN, Case
 from kronewton.layers import KINDS, Call, DenseRows, Layer, convolution, find_layers, kind_of
 from kronewton.layers.base import rows_of, with_bias_entry
-from kronewton.rows import gradient_of, with_mask
+from kronewton.layers.embedding import TokenRows
+from kronewton.rows import with_mask
 from kronewton.structure import DENSE, DIAGONAL, Blocks
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -106,7 +107,7 @@ def test_what_a_call_shows_gives_the_gradient(case):
         (seen,) = layer.kind.watch([layer], Call(inputs[:2], given, out))
         trained, u = layer.parameters(), torch.randn_like(out)
         grads = dict(zip(trained, torch.autograd.grad(out, list(trained.values()), u), strict=True))
-        made = gradient_of(seen.a, seen.rows([u]))
+        made = seen.a.product(seen.rows([u]))
         wanted = layer.kind.matrix(layer, grads)
         torch.testing.assert_close(made, wanted, rtol=1e-10, atol=1e-12)
         assert seen.a.width == seen.a.dense().shape[-1]
@@ -208,6 +209,8 @@ def test_rows_whose_bias_entry_is_not_laid_out_are_those_that_have_it():
         torch.testing.assert_close(one.second_moment(), other.second_moment())
     weights = torch.rand(3, 4)
     torch.testing.assert_close(lazy.second_moment(weights), laid.second_moment(weights))
+    torch.testing.assert_close(lazy.squares(), laid.dense().square().sum())
+    assert float(TokenRows(torch.tensor([[[0, 1], [2, 2]]]), torch.ones(1, 2, 2), 3).squares()) == 6
 
 
 @pytest.mark.parametrize(
@@ -225,6 +228,10 @@ def test_windows_averaged_axis_by_axis_are_the_mean_of_all(module):
     x = torch.randn(5, module.in_channels, *[9, 7, 6][: len(module.kernel_size)])
     rows = layer.kind.input_rows(layer, x, module(x).shape)
     torch.testing.assert_close(rows.averaged().dense(), rows.dense().mean(-2, keepdim=True))
+    torch.testing.assert_close(rows.squares(), rows.dense().square().sum())
+    b = layer.kind.output_rows(layer, torch.randn(module(x).shape))
+    laid = rows.dense().flatten(-3, -2)
+    torch.testing.assert_close(rows.product(b), b.flatten(-3, -2).mT @ laid)
 
 
 def test_masked_examples_weigh_the_same_said_by_example_or_by_position():

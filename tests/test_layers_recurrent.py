@@ -26,7 +26,6 @@ from kronewton.layers.recurrent import Strand, frame_of, rerun, suffixes
 from kronewton.losses import curvature
 from kronewton.quadratic import QuadraticModel, Term
 from kronewton.replay import UNFUSED, ModelCall, Replayer, random_state
-from kronewton.rows import gradient_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -184,7 +183,7 @@ def test_rows_of_gradients_and_inputs_form_every_gradient(form):
             assert seen.a.counts == b.shape[:2]
             assert seen.a.counts[0] == (1 if form.layout.endswith("alone") else N)
             assert seen.batched != form.layout.endswith("alone")
-            close(gradient_of(seen.a, b), G)
+            close(seen.a.product(b), G)
             close(layer.kind.split(layer, G), dict(zip(own, exact, strict=True)))
 
 
@@ -510,7 +509,7 @@ def test_fused_kernels_and_half_precision_are_followed(kind, layout):
             own = layer.parameters()
             exact = torch.autograd.grad(product, list(own.values()), retain_graph=True)
             G = layer.kind.matrix(layer, dict(zip(own, exact, strict=True))).float()
-            made = gradient_of(seen.a, seen.rows(u))
+            made = seen.a.product(seen.rows(u))
             assert made.dtype == torch.float32
             assert (made - G).norm() < tolerance * G.norm()
 
@@ -602,7 +601,7 @@ def explained(module: nn.Module, args: tuple[Any, ...]) -> float:
         own = layer.parameters()
         exact = torch.autograd.grad(product, list(own.values()), retain_graph=True)
         G = layer.kind.matrix(layer, dict(zip(own, exact, strict=True)))
-        worst = max(worst, float((gradient_of(seen.a, seen.rows(u)) - G).norm() / G.norm()))
+        worst = max(worst, float((seen.a.product(seen.rows(u)) - G).norm() / G.norm()))
     return worst
 
 

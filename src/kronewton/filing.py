@@ -9,8 +9,7 @@ from torch import Tensor
 
 from kronewton.layers import ENTRIES, TURNED, DenseRows, Layer
 from kronewton.part import LayerCall, Part, Wanted
-from kronewton.rows import gradient_of, own_gradient, row_weights, tolerance, with_mask
-from kronewton.structure import DIAGONAL
+from kronewton.rows import own_gradient, row_weights, tolerance, with_mask
 from kronewton.types import Statistics
 
 
@@ -90,10 +89,9 @@ class Filing:
             for call, b in seen:
                 if call.layer is layer:
                     first = b.select(-4, 0)  # (…, N, S, d_out)
-                    g = gradient_of(call.a, first)
+                    g = call.a.product(first)
                     made += g.mT if term.endswith(TURNED) else g
-                    squares = call.a.second_moment(None, DIAGONAL).sum()
-                    size += first.norm() * squares.sqrt()  # what may have cancelled
+                    size += first.norm() * call.a.squares().sqrt()  # what may have cancelled
         rounding = 100 * torch.finfo(G.dtype).eps * size
         if bool((made - G).norm() > tolerance(layer, G) * G.norm() + rounding):
             self.unexplained[layer.name] = (

@@ -13,8 +13,6 @@ from kronewton.layers.base import at_least_float32
 from kronewton.layers.embedding import TokenRows
 from kronewton.types import Rows, Statistics
 
-CHUNK = 1 << 24  # numbers in the rows that are laid out at a time
-
 
 def row_weights(weights: Tensor, N: int, S: int) -> Tensor:
     """The weights of a criterion's positions (N, *positions), carried to the rows of a layer.
@@ -82,17 +80,6 @@ def _side_by_side(calls: Sequence[Rows]) -> Rows:
         shares = torch.cat([a.shares for a in tokens], 1)
         return TokenRows(torch.cat([a.tokens for a in tokens], 1), shares, tokens[0].size)
     return DenseRows(torch.cat([a.dense() for a in calls], -2))
-
-
-def gradient_of(a: Rows, b: Tensor) -> Tensor:
-    """Σ b a' over rows b (…, N, S, d_out), some examples at a time: (…, d_out, d_in)."""
-    N, S = a.counts
-    step = max(1, CHUNK // max(1, S * a.width))
-    total = b.new_zeros(*b.shape[:-3], b.shape[-1], a.width)
-    for n in range(0, N, step):
-        rows = a.dense(n, n + step).flatten(-3, -2)
-        total += b[..., n : n + step, :, :].flatten(-3, -2).mT @ rows.to(b.dtype)
-    return total
 
 
 def own_gradient(

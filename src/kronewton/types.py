@@ -32,6 +32,8 @@ from torch import Tensor
 
 from kronewton.structure import DENSE, Structure
 
+CHUNK = 1 << 24  # numbers in the rows that are laid out at a time
+
 
 class Rows(ABC):
     """A layer's input rows a: laid out in memory, or known by what they are made from."""
@@ -48,6 +50,20 @@ class Rows(ABC):
     @abstractmethod
     def second_moment(self, weights: Tensor | None = None, structure: Structure = DENSE) -> Tensor:
         """Sum of outer products, each row with its weight (N, S): (…, d_in, d_in), as stored."""
+
+    def product(self, b: Tensor) -> Tensor:
+        """Σ b a' over rows b (…, N, S, d_out), some examples at a time: (…, d_out, d_in)."""
+        N, S = self.counts
+        step = max(1, CHUNK // max(1, S * self.width))
+        total = b.new_zeros(*b.shape[:-3], b.shape[-1], self.width)
+        for n in range(0, N, step):
+            rows = self.dense(n, n + step).flatten(-3, -2)
+            total += b[..., n : n + step, :, :].flatten(-3, -2).mT @ rows.to(b.dtype)
+        return total
+
+    @abstractmethod
+    def squares(self) -> Tensor:
+        """The sum of the squares of all entries, ()."""
 
     @property
     @abstractmethod

@@ -172,6 +172,10 @@ class DenseRows(Rows):
         flat = None if weights is None else weights.reshape(-1)
         return structure.second_moment(self.dense().flatten(-3, -2), flat)
 
+    def squares(self) -> Tensor:
+        entries = self.rows.shape[:-1].numel() if self.bias else 0
+        return self.rows.square().sum() + entries
+
     def some(self, start: int, stop: int) -> Rows:
         return DenseRows(self.rows[..., start:stop, :, :], self.bias)
 

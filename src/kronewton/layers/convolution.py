@@ -210,6 +210,23 @@ class Windows(Rows):
             moment[:, :d, d] = moment[:, d, :d]
         return _without_one(_channels_first(moment, C, kernel))
 
+    def squares(self) -> Tensor:
+        N, S = self.counts
+        squared = Windows(self.prepared.square(), self.cut, self.groups, False)
+        return squared._sums().sum() + (self.groups * N * S if self.bias else 0)
+
+    def product(self, b: Tensor) -> Tensor:
+        C, kernel = self.prepared.shape[1] // self.groups, math.prod(self.cut.kernel)
+        step = self._step
+        b = b if b.dim() == 4 else b.unsqueeze(0)  # (groups, N, S, d_out)
+        total = b.new_zeros(self.groups, b.shape[-1], kernel * C)
+        for i, (rows, _) in enumerate(self._chunks(None)):
+            total += b[:, i * step : (i + 1) * step].flatten(1, 2).mT @ rows.to(b.dtype)
+        found = total.unflatten(-1, (kernel, C)).mT.flatten(-2)  # as torch's weights have it
+        if self.bias:
+            found = torch.cat([found, b.sum((1, 2)).unsqueeze(-1)], -1)
+        return _without_one(found)
+
     def some(self, start: int, stop: int) -> Rows:
         return Windows(self.prepared[start:stop], self.cut, self.groups, self.bias)
 

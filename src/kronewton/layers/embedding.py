@@ -79,6 +79,9 @@ class TokenRows(Rows):
         once, place = index.unique(return_inverse=True)
         return once, shares.new_zeros(len(once)).index_add_(0, place, shares)
 
+    def squares(self) -> Tensor:
+        return self._squares(None).sum()
+
     def some(self, start: int, stop: int) -> Rows:
         return TokenRows(self.tokens[start:stop], self.shares[start:stop], self.size)
 
