@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -159,3 +160,30 @@ def test_a_groups_own_options_are_checked_too(group):
     with pytest.raises(KronewtonError, match=f"{name} must be a number ≥ 0, not {value!r}"):
         KFAC([{"params": list(MODEL.parameters()), **group}], nn.MSELoss(), model=MODEL)
     assert torch.isfinite(MODEL.weight).all()
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Options)])
+@pytest.mark.parametrize(
+    "value", [np.array([1.0, 2.0]), torch.tensor([1.0, 2.0]), object(), 10**400, "no such word"]
+)
+def test_whatever_is_given_is_refused_in_one_line(name, value):
+    if isinstance(value, str) and name == "sharing":
+        value = 3
+    message = refused(name, value)
+    assert message.startswith(name)
+    assert message.endswith(".")
+    assert "\n" not in message
+    assert len(message) < 250
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [1.1e30, 1e300, 10**400])
+def test_numbers_that_would_overflow_are_refused(name, value):
+    message = refused(name, value)
+    assert message.startswith(f"{name} must be a number ≥ 0 and ≤ 1e+30")
+
+
+def test_whole_numbers_end_where_the_machines_do():
+    assert "seed must be a whole number ≥ 0 and ≤ 18446744073709551615" in refused("seed", 2**64)
+    assert "draws must be a whole number ≥ 1 and ≤ 9223372036854775807" in refused("draws", 2**63)
+    KFAC(MODEL, nn.MSELoss(), seed=2**64 - 1, factor_every=2**63 - 1).close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -97,6 +97,12 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 def finite(tensor: Tensor) -> bool:
     """Whether all numbers of one tensor are finite."""
     return not tensor.numel() or math.isfinite(float(tensor.abs().amax()))
+
+
+def longest(tensors: Sequence[Tensor]) -> float:
+    """The largest norm of any of the tensors; NaN or infinity if a number is not finite."""
+    norms = torch._foreach_norm(list(tensors)) if tensors else ()
+    return float(torch.stack([n.double() for n in norms]).max()) if norms else 0.0
 
 
 def _require_finite(matrix: Tensor, name: str) -> None:

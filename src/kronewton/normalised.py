@@ -57,6 +57,8 @@ def normalised(moments: Sequence[Moments], rotated: Sequence[Tensor], decay: flo
     if not moments:
         return []
     gradients = list(rotated)
+    for one, g in zip(moments, gradients, strict=True):  # the model may have been cast since
+        one.m, one.v = one.m.to(g), one.v.to(g)
     m, v = [one.m for one in moments], [one.v for one in moments]
     torch._foreach_lerp_(m, gradients, 1 - decay)
     torch._foreach_mul_(v, SECOND_DECAY)

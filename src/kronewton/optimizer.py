@@ -22,17 +22,21 @@ from kronewton.concerns import (
     of_products,
     of_uncalled,
     require_curved,
+    require_own_parameters,
 )
 from kronewton.coverage import Coverage
 from kronewton.curvature import ADAM, due, due_in_turn
 from kronewton.errors import ModelError, StateError
-from kronewton.linalg import all_finite
+from kronewton.linalg import all_finite, longest
 from kronewton.options import (
     AUTO,
     BASES,
     LARGEST_SIDE,
     Options,
     check_criteria,
+    check_fallback,
+    check_group,
+    check_pace,
     check_parameters,
     plain,
 )
@@ -252,6 +256,11 @@ class KFAC(Optimizer):
             if self._watcher is not None and self._watcher.foreign:
                 self._required(self._watcher)
             return loss
+        for group in self.param_groups:  # schedulers and users change them between steps
+            check_group(group)
+            check_pace(self._shrink(group))
+        if self._fallback is not None:
+            self._follow_groups(self._fallback)
         self._concerns.just_skipped, self._unmade = False, None
         if self._watcher is not None and self._watched.moves(self._watcher):
             assert self._planner is not None
@@ -324,7 +333,7 @@ class KFAC(Optimizer):
             self._concerns.say_all(of_products(planner, parts))
         if planner.searching:
             self._skip(NO_CURVATURE)
-        elif plan is None or not all_finite([*plan.direction, *plan.refinement]):
+        elif plan is None or not self._bearable(plan):
             self._skip()
         elif not plan.made:
             self._plan, self._previous = plan, None
@@ -367,6 +376,17 @@ class KFAC(Optimizer):
         lr = {id(p): float(g["lr"]) for g in self.param_groups for p in g["params"]}
         pairs = zip(self._parameters, direction, strict=True)
         return [d if lr[id(p)] == 1 else d * lr[id(p)] for p, d in pairs]
+
+    def _bearable(self, plan: Plan) -> bool:
+        """Whether a step is finite, and so short that many like it are.
+
+        Norms stand for the largest number: a sum of squares costs no more than a sum.
+        """
+        factor = max(1.0, *[float(group["lr"]) for group in self.param_groups])
+        earlier = longest(self._previous or ()) if plan.momentum else 0.0
+        length = abs(plan.lr) * longest(plan.direction) + longest(plan.refinement)
+        most = min(torch.finfo(dtype).max for dtype in {p.dtype for p in self._parameters})
+        return bool(factor * (length + abs(plan.momentum) * earlier) < most**0.5)
 
     def _move(self, plan: Plan) -> None:
         """Δ = lr·d + momentum·Δ_previous; a group's factor of an automatic lr is applied last."""
@@ -459,16 +479,26 @@ class KFAC(Optimizer):
         self._drop_damaged()
         self._concerns.skip(reason)
 
-    def _step_fallback(self, fallback: torch.optim.AdamW) -> bool:
-        """Whether a step was made."""
+    def _follow_groups(self, fallback: torch.optim.AdamW) -> None:
+        """Give the fallback the groups' lr and decay of now. Raises OptionError if it can't."""
         first = 1.0 if isinstance(self.options.lr, str) else self.options.lr or 1.0
         own = {id(p): g for g in self.param_groups for p in g["params"]}
         for group in fallback.param_groups:
             (p,) = group["params"]
             group["lr"] = self.options.fallback_lr * float(own[id(p)]["lr"]) / first
             group["weight_decay"] = own[id(p)]["weight_decay"]
+            check_fallback(group["lr"], p.dtype)
+            check_pace(group["lr"] * group["weight_decay"])
+
+    def _step_fallback(self, fallback: torch.optim.AdamW) -> bool:
+        """Whether a step was made."""
+        for group in fallback.param_groups:
+            (p,) = group["params"]
             if p.grad is not None and p.grad.is_sparse:  # AdamW takes none
                 p.grad = p.grad.to_dense()
+            for key, moment in fallback.state.get(p, {}).items():  # the model may have been cast
+                if key != "step" and moment.dtype != p.dtype:
+                    fallback.state[p][key] = moment.to(p.dtype)
         grads = [p.grad for g in fallback.param_groups for p in g["params"] if p.grad is not None]
         # Squared: what overflows there would stay in AdamW's second moment.
         if grads and bool(torch.isfinite(torch.stack([(g * g.conj()).sum() for g in grads]).sum())):
@@ -488,10 +518,15 @@ class KFAC(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; once the optimizer is made they are trained by the fallback."""
         if not hasattr(self, "_all"):
-            super().add_param_group(param_group)  # from torch's own constructor
+            self._list(param_group)  # from torch's own constructor
             return
+        if not isinstance(param_group, dict):
+            raise ModelError(
+                f"add_param_group() was given {type(param_group).__name__}; a table with the "
+                "list of its parameters under 'params' is allowed."
+            )
         check_parameters([param_group], None)
-        super().add_param_group(param_group)
+        self._list(param_group)
         new = [p for p in self.param_groups[-1]["params"] if p.requires_grad]
         self._all += new
         self._watched.known |= {id(p) for p in new}
@@ -502,6 +537,15 @@ class KFAC(Optimizer):
             decay = self.param_groups[-1]["weight_decay"]
             for p in new:
                 self._fallback.add_param_group({"params": [p], "weight_decay": decay})
+
+    def _list(self, param_group: dict[str, Any]) -> None:
+        try:
+            super().add_param_group(param_group)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ModelError(
+                f"torch refuses these parameters: {str(error).splitlines()[0]}. Give a list of "
+                "parameters of the model, with names for all of them or for none, each one once."
+            ) from error
 
     # What a user may ask.
 
@@ -531,6 +575,7 @@ class KFAC(Optimizer):
 
     def diagnostics(self) -> dict[str, Tensor]:
         """What the last step did, as float64 scalars on the CPU."""
+        check_group(self.param_groups[0])
         plan, planner = self._plan, self._planner
         settings = None if planner is None else planner.settings
         numbers = {
@@ -568,6 +613,7 @@ class KFAC(Optimizer):
 
     def _packed(self) -> dict[int, dict[str, Tensor]]:
         place = self._index
+        require_own_parameters(self._layers, place, OWNER.name)
         entries: dict[int, dict[str, Tensor]] = {i: {} for i in self._index.values()}
         for layer in self._layers:
             kept = self._curvature.tensors(layer.name)

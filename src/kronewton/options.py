@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from kronewton.errors import ModelError, OptionError, UnsupportedError
@@ -18,6 +19,9 @@ GRAFTINGS = ("layer", "global")
 SHARINGS = ("auto", "expand", "reduce", "best")
 LARGEST_SIDE = 4096
 BASES = ("factored", "eigen", "corrected", "adam")
+MOST = 1e30  # of a number: what float32 holds, and some of its products with others
+LAST_SEED = 2**64 - 1  # of torch's generators
+LONGEST = 100  # letters of a value in a sentence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +57,17 @@ class CurvatureOptions:
         for name in ("factor_every", "inverse_every"):
             _count(name, getattr(self, name), 1, auto=True)
         _count("draws", self.draws, 1)
-        _count("seed", self.seed, 0)
+        _count("seed", self.seed, 0, most=LAST_SEED)
         _share("factor_decay", self.factor_decay, auto=True)
         _count("most_skips", self.most_skips, 0)
+        _flag("strict", self.strict)
+
+    def _take_as_floats(self) -> None:
+        """Make numbers floats once they are checked: torch takes no larger integer than 64 bits."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if "float" in str(field.type) and isinstance(value, int):
+                object.__setattr__(self, field.name, float(value))
 
     @property
     def first_basis(self) -> str:
@@ -103,15 +115,15 @@ class Options(CurvatureOptions):
         _number("momentum", self.momentum, 0.0, auto=True)
         super().__post_init__()
         _number("weight_decay", self.weight_decay, 0.0)
-        self._check_normalised()
         _count("adapt_every", self.adapt_every, 1, auto=True)
         _count("refine", self.refine, 0)
         _number("refine_tolerance", self.refine_tolerance, 0.0)
         _count("curvature_batches", self.curvature_batches, 1)
         _share("averaging", self.averaging)
         _number("fallback_lr", self.fallback_lr, 0.0)
-        if not isinstance(self.maximize, bool):
-            raise OptionError(f"maximize must be True or False, not {self.maximize!r}.")
+        _flag("maximize", self.maximize)
+        self._check_normalised()
+        self._take_as_floats()
 
     def _check_normalised(self) -> None:
         if self.basis != "adam":
@@ -169,6 +181,7 @@ class PreconditionerOptions(CurvatureOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._take_as_floats()
         if self.grafting is None:
             return
         _choice("grafting", self.grafting, (*GRAFTINGS, None))
@@ -223,6 +236,24 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise UnsupportedError(
             f"a parameter group has maximize={group['maximize']!r} of its own, and there is one "
             "objective for all of them: give maximize to KFAC."
+        )
+
+
+def check_pace(shrink: float) -> None:
+    """Refuse a step that takes more than the weights away: they would grow with every step."""
+    if not shrink <= 1:
+        raise OptionError(
+            f"lr and weight_decay of a parameter group take {shrink:g} times the weights away in "
+            "one step; once at most is allowed. Lower one of the two."
+        )
+
+
+def check_fallback(lr: float, dtype: torch.dtype) -> None:
+    """Refuse what AdamW cannot go on with: its steps are as long as its lr in every entry."""
+    if not lr <= torch.finfo(dtype).max ** 0.5:
+        raise OptionError(
+            f"the parameters without curvature would be trained with lr={lr:g}, which is "
+            "fallback_lr times what their group's lr has become of the first lr. Lower one of them."
         )
 
 
@@ -330,13 +361,26 @@ def _group(entry: Any) -> Any:
 
 
 def _number(name: str, value: Any, least: float, *, auto: bool = False, none: bool = False) -> None:
-    if auto and value == AUTO:
+    if auto and _is(value, AUTO):
         return
     ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if ok and math.isfinite(value) and value >= least:
+    if ok and least <= value <= MOST:  # NaN is neither
         return
-    allowed = [f"a number ≥ {least:g}", *(["'auto'"] if auto else []), *(["None"] if none else [])]
-    raise OptionError(f"{name} must be {' or '.join(allowed)}, not {value!r}.")
+    number = f"a number ≥ {least:g}"
+    number += f" and ≤ {MOST:g}" if ok and value > MOST else ""
+    allowed = [number, *(["'auto'"] if auto else []), *(["None"] if none else [])]
+    raise OptionError(f"{name} must be {' or '.join(allowed)}, not {_shown(value)}.")
+
+
+def _count(
+    name: str, value: Any, least: int, *, auto: bool = False, most: int = sys.maxsize
+) -> None:
+    if auto and _is(value, AUTO):
+        return
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or not least <= value <= most:
+        above = f" and ≤ {most}" if whole and value > most else ""
+        raise OptionError(f"{name} must be a whole number ≥ {least}{above}, not {_shown(value)}.")
 
 
 def _share(name: str, value: Any, *, auto: bool = False) -> None:
@@ -345,13 +389,27 @@ def _share(name: str, value: Any, *, auto: bool = False) -> None:
         raise OptionError(f"{name} must lie in [0, 1), not {value!r}.")
 
 
-def _count(name: str, value: Any, least: int, *, auto: bool = False) -> None:
-    if auto and value == AUTO:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise OptionError(f"{name} must be a whole number ≥ {least}, not {value!r}.")
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise OptionError(f"{name} must be True or False, not {_shown(value)}.")
 
 
 def _choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
-    if value not in allowed:
-        raise OptionError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}.")
+    if value is None and None in allowed:
+        return
+    if not any(_is(value, one) for one in allowed if one is not None):
+        choices = ", ".join(map(repr, allowed))
+        raise OptionError(f"{name} must be one of {choices}, not {_shown(value)}.")
+
+
+def _is(value: Any, word: str) -> bool:
+    """Whether it is that word; an array would compare entry by entry."""
+    return isinstance(value, str) and value == word
+
+
+def _shown(value: Any) -> str:
+    """The value as a sentence has it: on one line, and not longer than it can be read."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > LAST_SEED:
+        return "a number of more than 64 bits"  # Python may refuse to print all its digits
+    text = " ".join(repr(value).split())
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"

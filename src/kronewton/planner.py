@@ -29,7 +29,7 @@ from kronewton.batches import Batches, loss_of, rerunnable, rounding, same_loss,
 from kronewton.curvature import ADAM, Curvature, due
 from kronewton.errors import NotPositiveDefinite
 from kronewton.normalised import FIRST_DECAY
-from kronewton.options import AUTO, Options
+from kronewton.options import AUTO, MOST, Options
 from kronewton.part import Part
 from kronewton.plan import Candidate, Plan, Steering
 from kronewton.quadratic import (
@@ -463,7 +463,8 @@ class Planner:
         if previous is None:
             lines = [model.line(direction)]
             return Candidate(direction, lines, model.subspace(gradient, lines))
-        if averaging and self.lr > 0 and self.options.lr == self.options.momentum == AUTO:
+        automatic = self.options.lr == self.options.momentum == AUTO
+        if automatic and 0 < averaging < MOST * self.lr:
             mixed = averaging / self.lr  # previous steps are lr times what is averaged
             lines = [model.line(torch._foreach_add(direction, previous, alpha=mixed))]
             return Candidate(direction, lines, model.subspace(gradient, lines), mixed)
