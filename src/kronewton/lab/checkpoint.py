@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import pickle
+import json
+import reprlib
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kronewton.errors import DataError, StateError
+from kronewton.lab.files import record_of, write_whole
 from kronewton.lab.training import Record, Run
 
 FILE = "checkpoint.pt"
 VERSION = 1
-DAMAGED = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError)
+KEYS = {"version", "run", "last", "model", "optimizer", "random"}
+SHARED = 2  # times a checkpoint's size, that its tensors may have where they share their numbers
 
 
 def save(folder: Path, run: Run, last: Record) -> None:
@@ -28,19 +32,14 @@ def save(folder: Path, run: Run, last: Record) -> None:
         "optimizer": run.optimizer.state_dict(),
         "random": torch.get_rng_state(),
     }
-    # A crash while writing leaves the old file: the new one takes its name only when complete.
-    temporary = folder / f".{FILE}.{os.getpid()}"
-    try:
-        torch.save(content, temporary)
-        os.replace(temporary, folder / FILE)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(folder / FILE, lambda file: torch.save(content, file))
 
 
 def load_(folder: Path, run: Run) -> Record:
     """Bring a run to where the folder's checkpoint left it, and return its last record.
 
-    Raises DataError if there is no readable checkpoint, StateError if it is of another run.
+    Raises DataError if there is no readable checkpoint, StateError if it is of another run. Then
+    the run may be half loaded, and is of no more use.
     """
     file = folder / FILE
     content = _read(file, run.problem.train.x.device)
@@ -49,12 +48,18 @@ def load_(folder: Path, run: Run) -> Record:
         run.problem.model.load_state_dict(content["model"])
         run.optimizer.load_state_dict(content["optimizer"])
         torch.set_rng_state(content["random"].cpu())
-        return Record(**content["last"])
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StateError(
-            f"{file} does not fit this run ({str(error).splitlines()[0]}); "
-            "train again without --resume, or resume with what wrote it."
-        ) from error
+        return record_of(content["last"])
+    except Exception as error:  # whatever torch's own optimizers make of what is in the file
+        raise unfit(file, error) from error
+
+
+def unfit(file: Path, error: Exception) -> StateError:
+    """What to say of a checkpoint that can be read, and not be used."""
+    why = (str(error).splitlines() or [type(error).__name__])[0]
+    return StateError(
+        f"{file} does not fit this run ({why}); train again without --resume, or resume with what "
+        "wrote it."
+    )
 
 
 def _identity(run: Run) -> dict[str, Any]:
@@ -72,38 +77,69 @@ def _identity(run: Run) -> dict[str, Any]:
 
 
 def _read(file: Path, device: torch.device) -> dict[str, Any]:
-    if not file.is_file():
-        raise DataError(
-            f"{file} does not exist; --resume continues a run whose --out is the same folder: "
-            "start it without --resume."
-        )
     try:
+        _require_sound(file)
         content = torch.load(file, map_location=device, weights_only=True)
-    except DAMAGED as error:
-        raise DataError(_unreadable(file)) from error
-    if not _is_checkpoint(content):
-        raise DataError(_unreadable(file))
+        _require_small(content, file.stat().st_size)
+        _require_checkpoint(content)
+    except (
+        Exception
+    ) as error:  # whatever zip, pickle and torch make of a file that is no checkpoint
+        raise DataError(
+            f"{file} is damaged or is no checkpoint of kronewton's; delete it and train again."
+        ) from error
     return dict(content)
 
 
-def _is_checkpoint(content: object) -> bool:
-    keys = {"version", "run", "last", "model", "optimizer", "random"}
-    if not isinstance(content, dict) or content.keys() != keys:
-        return False
-    return content["version"] == VERSION and isinstance(content["run"], dict)
+def _require_sound(file: Path) -> None:
+    """Raise ValueError unless it is a zip file of torch's, packed by nothing and with no bit lost.
+
+    torch itself unpacks whatever size a file declares, and compares no checksums.
+    """
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("it is packed")
+        if sum(member.file_size for member in members) > file.stat().st_size:
+            raise ValueError("it declares more than it holds")
+        if archive.testzip() is not None:
+            raise ValueError("a checksum is wrong")
 
 
-def _unreadable(file: Path) -> str:
-    return (
-        f"{file} is damaged or is no checkpoint of kronewton's; delete it and train again "
-        "without --resume."
-    )
+def _require_small(content: Any, size: int) -> None:
+    """Raise ValueError for what takes little in a file of that many bytes, and much in use.
+
+    One number can stand for a tensor of any shape, and one list for all the members of another.
+    """
+    room, parts, left = SHARED * size, size, [content]
+    while left:
+        part = left.pop()
+        parts -= 1
+        if isinstance(part, Tensor):
+            if type(part) is not Tensor or part.layout != torch.strided or part.is_meta:
+                raise ValueError("a tensor is of another kind")
+            room -= part.numel() * part.element_size()
+        elif isinstance(part, dict):
+            left += [*part.keys(), *part.values()]
+        elif isinstance(part, list | tuple):
+            left += part
+        elif not isinstance(part, str | int | float | None):
+            raise ValueError("it holds neither tensors nor numbers")
+        if room < 0 or parts < len(left):
+            raise ValueError("it is larger than its file")
+
+
+def _require_checkpoint(content: Any) -> None:
+    if not isinstance(content, dict) or content.keys() != KEYS or content["version"] != VERSION:
+        raise ValueError("it has other parts")
+    json.dumps(content["run"])  # what is compared are words and numbers
 
 
 def _check(file: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     for what, value in wanted.items():
         if found.get(what) != value:
+            shown = reprlib.repr(found.get(what))  # of bounded length
             raise StateError(
-                f"{file} has {what} {found.get(what)!r} where this run has {value!r}; "
+                f"{file} has {what} {shown} where this run has {value!r}; "
                 "resume with what the run was started with, or train without --resume."
             )

@@ -126,8 +126,11 @@ def train_command(
     examples: Examples = None,
     out: Out = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from --out's checkpoint.")
+        bool, typer.Option("--resume", help="Go on from --out's checkpoint, if there is one.")
     ] = False,
+    save_every: Annotated[
+        float, typer.Option(min=0, help="Seconds between checkpoints; 0: after each step.")
+    ] = session.SAVE_EVERY,
     device: Device = "cpu",
     seed: Seed = 0,
     json: Json = None,
@@ -138,9 +141,11 @@ def train_command(
     _check_files(out, json)
     run = start(chosen, rival, _setting(rival, lr), seed, _device(device))
     records = session.resume_(run, out) if resume else []
+    if resume and not records:
+        print(f"{out} has no checkpoint yet: the run begins.", file=sys.stderr)
     budget = _budget(chosen, steps, None)
     with display.step_bar(rival.label, budget, len(records)) as show:
-        outcome = session.train_(run, budget, out, records, show)
+        outcome = session.train_(run, budget, out, records, show, save_every)
     print(f"{rival.label} on {chosen.described()}")
     display.output().print(session.summary(run, outcome))
     _say_uncovered([run])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gzip
 import struct
 import zipfile
-import zlib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -21,7 +21,12 @@ ALLOWED = (
 SOURCE = "torchvision.datasets.MNIST(root, download=True) leaves the original in root/MNIST/raw"
 IDX_NAMES = ("train-images-idx3-ubyte", "train-images-idx3-ubyte.gz")
 IDX_IMAGES = 0x00000803  # three dimensions of unsigned bytes
-DAMAGED = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error)
+HEADER = 16  # bytes of an IDX file
+PIXELS = 28 * 28
+PACKED = 100  # times its size that a file may unpack to; pictures of digits take 5 to 20
+PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+ENTRY = "images.npy"
+LONGEST = 200  # letters of a reason
 
 
 def read_images(path: Path | None) -> Tensor:
@@ -34,7 +39,7 @@ def read_images(path: Path | None) -> Tensor:
     file = _file(path)
     try:
         images = _parse(file)
-    except DAMAGED as error:
+    except Exception as error:  # whatever zip, gzip and numpy make of a file that is none of theirs
         raise DataError(
             f"{file} could not be read ({_brief(error)}); {ALLOWED}; {SOURCE}."
         ) from error
@@ -54,40 +59,63 @@ def _parse(file: Path) -> np.ndarray:
     # By the first bytes, not by the name: a renamed file is read, a mislabelled one refused.
     with file.open("rb") as stream:
         head = stream.read(4)
+    most = PACKED * file.stat().st_size
     if head[:2] == b"PK":
-        return _npz(file)
+        return _npz(file, most)
     if head[:2] == b"\x1f\x8b":
-        with gzip.open(file, "rb") as stream:
-            return _idx(stream.read())
+        with gzip.open(file, "rb") as packed:
+            return _idx(packed, most)
     if head == struct.pack(">I", IDX_IMAGES):
-        return _idx(file.read_bytes())
+        with file.open("rb") as stream:
+            return _idx(stream, most)
     raise ValueError("it starts as neither an .npz nor an IDX file of images")
 
 
-def _npz(file: Path) -> np.ndarray:
-    with np.load(file, allow_pickle=False) as arrays:
-        if "images" not in arrays.files:
-            raise ValueError(f"it has no array 'images' but {', '.join(arrays.files) or 'nothing'}")
-        images = np.asarray(arrays["images"])
-    if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1:] != (28, 28):
-        raise ValueError(f"its images are {images.dtype} of shape {images.shape}")
-    if len(images) == 0:
+def _npz(file: Path, most: int) -> np.ndarray:
+    with zipfile.ZipFile(file) as archive:
+        if ENTRY not in archive.namelist():
+            names = ", ".join(name.removesuffix(".npy") for name in archive.namelist()[:9])
+            raise ValueError(f"it has no array 'images' but {names or 'nothing'}")
+        entry = archive.getinfo(ENTRY)
+        if entry.compress_type not in PACKINGS or entry.file_size > most:
+            raise ValueError(f"it would unpack to {entry.file_size} bytes")
+        with archive.open(entry) as stream:
+            header = _require_images(stream)
+        if entry.file_size != header:
+            raise ValueError(f"it holds {entry.file_size} bytes where its images take {header}")
+        with archive.open(entry) as stream:
+            images: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
+    return np.ascontiguousarray(images)
+
+
+def _require_images(stream: IO[bytes]) -> int:
+    """How many bytes an array of images takes by its header. Raises ValueError if it has others."""
+    version = np.lib.format.read_magic(stream)
+    if version != (1, 0):
+        raise ValueError(f"its images are in version {version} of numpy's format")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype != np.uint8 or len(shape) != 3 or shape[1:] != (28, 28):
+        raise ValueError(f"its images are {dtype} of shape {shape}")
+    if shape[0] < 1:
         raise ValueError("it has no images")
-    return images
+    return stream.tell() + shape[0] * PIXELS
 
 
-def _idx(content: bytes) -> np.ndarray:
-    if len(content) < 16:
-        raise ValueError(f"it ends after {len(content)} bytes, within the header")
-    magic, count, rows, columns = struct.unpack(">IIII", content[:16])
+def _idx(stream: IO[bytes] | gzip.GzipFile, most: int) -> np.ndarray:
+    head = stream.read(HEADER)
+    if len(head) < HEADER:
+        raise ValueError(f"it ends after {len(head)} bytes, within the header")
+    magic, count, rows, columns = struct.unpack(">IIII", head)
     if magic != IDX_IMAGES or (rows, columns) != (28, 28) or count == 0:
         raise ValueError(f"its header says kind {magic:#x}, {count} images of {rows}×{columns}")
-    if len(content) != 16 + count * 784:
-        raise ValueError(
-            f"it holds {len(content) - 16} bytes where {count} images take {count * 784}"
-        )
-    return np.frombuffer(content, np.uint8, offset=16).reshape(count, 28, 28).copy()
+    if count * PIXELS > most:
+        raise ValueError(f"it would unpack to {count * PIXELS} bytes")
+    content = stream.read(count * PIXELS + 1)
+    if len(content) != count * PIXELS:
+        more = "more" if len(content) > count * PIXELS else f"{len(content)} bytes"
+        raise ValueError(f"it holds {more} where {count} images take {count * PIXELS}")
+    return np.frombuffer(content, np.uint8).reshape(count, 28, 28).copy()
 
 
 def _brief(error: Exception) -> str:
-    return str(error).split("\n")[0].strip("'\" .") or type(error).__name__
+    return str(error).split("\n")[0].strip("'\" .")[:LONGEST] or type(error).__name__

@@ -12,11 +12,10 @@ import torch
 
 from kronewton.errors import DataError, StateError
 from kronewton.lab.contest import Board, Lane, Plan
-from kronewton.lab.files import append_lines, record_of
+from kronewton.lab.files import DAMAGED, append_lines, record_of, sweep, write_whole
 from kronewton.lab.training import Record
 
 VERSION = 1
-DAMAGED = (ValueError, TypeError, KeyError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -50,24 +49,33 @@ def open_journal(path: Path, plan: Plan) -> Journal:
     Raises StateError if it is of another contest, DataError if it can't be read.
     """
     wanted = _identity(plan)
+    sweep(path)
     if not path.exists():
         append_lines(path, [wanted])
         return Journal(path)
     try:
-        whole = path.read_text().rpartition("\n")[0]
+        whole = path.read_text("utf-8").rpartition("\n")[0]
         first, *lines = [json.loads(line) for line in whole.splitlines()] or [wanted]
         journal = Journal(path)
         for line in lines:
             board = {"tuning": journal.tuned, "race": journal.raced}[line["phase"]]
-            lane = Lane(line["rival"], line["setting"], line["seed"])
+            lane = _lane_of(line)
             board[lane] = [record_of(record) for record in line["records"]]
-    except (OSError, *DAMAGED) as error:
+    except DAMAGED as error:
         raise DataError(
             f"{path} is damaged or is no journal of kronewton's; delete it, or name another --out."
         ) from error
     _check(path, first, wanted)
-    path.write_text(whole + "\n" if whole else json.dumps(wanted) + "\n")
+    kept = (whole or json.dumps(wanted)) + "\n"
+    write_whole(path, lambda file: file.write(kept.encode()))
     return journal
+
+
+def _lane_of(line: dict[str, Any]) -> Lane:
+    lane = Lane(line["rival"], line["setting"], line["seed"])
+    if [type(value) for value in vars(lane).values()] != [str, int, int]:
+        raise TypeError("no lane")
+    return lane
 
 
 def _telling(records: Sequence[Record]) -> list[Record]:

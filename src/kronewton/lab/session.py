@@ -14,9 +14,9 @@ from types import FrameType
 from rich.table import Table
 
 import kronewton as kn
-from kronewton.errors import DataError, OptionError
+from kronewton.errors import DataError, KronewtonError, OptionError
 from kronewton.lab import checkpoint, plots
-from kronewton.lab.files import read_records, write_lines
+from kronewton.lab.files import read_records, sweep, write_lines
 from kronewton.lab.training import Budget, Record, Run, train
 
 LINES = "steps.jsonl"
@@ -59,9 +59,14 @@ def make_folder(folder: Path | None) -> None:
 
 
 def resume_(run: Run, folder: Path | None) -> list[Record]:
-    """Bring a run to its checkpoint and return the records up to there."""
+    """Bring a run to its checkpoint and return the records up to there, none if there is none.
+
+    What starts a training again when it was killed need not know whether it had saved anything.
+    """
     if folder is None:
         raise OptionError("--resume needs --out DIR, the folder of the run that is to go on.")
+    if not (folder / checkpoint.FILE).exists():
+        return []
     last = checkpoint.load_(folder, run)
     records = read_records(folder / LINES, last.step)
     if not records or records[-1].step != last.step:
@@ -75,15 +80,19 @@ def train_(
     folder: Path | None,
     records: list[Record],
     show: Callable[[Record], None],
+    save_every: float = SAVE_EVERY,
 ) -> Outcome:
     """Train on from the records, show every step, and keep the folder's files up to date."""
     last = records[-1] if records else None
+    if folder is not None:
+        for name in (LINES, checkpoint.FILE):
+            sweep(folder / name)
     saved = -math.inf  # the first step's too: a folder that can't be written is found out at once
     with ctrl_c() as pressed:
-        for record in train(run, budget, last):
+        for record in _going_on(train(run, budget, last), folder if records else None):
             records.append(record)
             show(record)
-            if folder is not None and time.monotonic() - saved > SAVE_EVERY:
+            if folder is not None and time.monotonic() - saved >= save_every:
                 _save(run, folder, records)
                 saved = time.monotonic()
             if pressed():
@@ -129,7 +138,23 @@ def uncovered(run: Run) -> str | None:
     return f"K-FAC has no curvature for {', '.join(names)}: see `kronewton explain`."
 
 
+def _going_on(steps: Iterator[Record], resumed: Path | None) -> Iterator[Record]:
+    """The steps. What fits a run by its shapes and names may fail all the same at the first."""
+    try:
+        first = next(steps, None)
+    except KronewtonError:
+        raise
+    except Exception as error:
+        if resumed is None:
+            raise
+        raise checkpoint.unfit(resumed / checkpoint.FILE, error) from error
+    if first is not None:
+        yield first
+        yield from steps
+
+
 def _save(run: Run, folder: Path, records: list[Record]) -> None:
+    # The lines first: those that are ahead of a checkpoint are left out by who goes on from it.
     write_lines(folder / LINES, records)
     if not records[-1].diverged:  # the last good weights are worth more than the lost ones
         checkpoint.save(folder, run, records[-1])
