@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kronewton import KFAC
+from kronewton import KFAC, state
 from kronewton.errors import StateError
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -298,3 +298,15 @@ def test_a_state_of_another_basis_is_refused(saved, given):
     run.steps(range(4, 7))
     assert torch.isfinite(run.weights()).all()
     assert math.isnan(float(run.optimizer.diagnostics()["damping"])) == (given == "adam")
+
+
+@pytest.mark.parametrize("key", state.WHOLE)
+@pytest.mark.parametrize("value", [-1.0, 0.5, math.inf, 1e300])
+def test_numbers_that_are_not_whole_are_refused(key, value):
+    saved = Run().steps(range(2)).optimizer.state_dict()
+    saved["state"][0]["kfac_scalars"][state.SCALARS.index(key)] = value
+    other = Run()
+    before = other.weights()
+    with pytest.raises(StateError, match=rf"for '{key}', which is a whole number from 0 to"):
+        other.optimizer.load_state_dict(saved)
+    assert other.weights().equal(before)

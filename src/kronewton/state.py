@@ -17,6 +17,7 @@ from kronewton.adapt import Pace, Settings
 from kronewton.averaging import SAVED
 from kronewton.errors import StateError
 from kronewton.layers import ENTRIES, TURNED, Layer
+from kronewton.options import BASES
 from kronewton.planner import Planner
 from kronewton.structure import DENSE, DIAGONAL, side_of
 
@@ -58,6 +59,12 @@ SCALARS = (
     "gap",
     "restless",
 )
+COUNTS = ("steps", "asked", "skipped", "undone", "broken", "paced", "look", "gap")
+WHOLE = {  # of them, with the last that each may be
+    **dict.fromkeys(COUNTS, 2**53),
+    **dict.fromkeys(("capturing", "partial"), 1),
+    "basis": len(BASES) - 1,
+}
 
 
 def scalars(numbers: Mapping[str, float | None]) -> Tensor:
@@ -74,8 +81,16 @@ def read_scalars(row: Any) -> dict[str, float | None]:
             "the state_dict is not one of this version's KFAC (format "
             f"{VERSION}): load it with the version of kronewton that wrote it, or start afresh."
         )
-    numbers = zip(SCALARS, row.tolist(), strict=True)
-    return {k: None if math.isnan(v) else v for k, v in numbers}
+    values = zip(SCALARS, row.tolist(), strict=True)
+    numbers = {k: None if math.isnan(v) else v for k, v in values}
+    for key, last in WHOLE.items():
+        value = numbers[key]
+        if value is not None and not (0 <= value <= last and value == int(value)):
+            raise StateError(
+                f"the state_dict has {value:g} for {key!r}, which is a whole number from 0 to "
+                f"{last:g}: it is damaged. Load another checkpoint, or start afresh."
+            )
+    return numbers
 
 
 def planner_scalars(planner: Planner) -> dict[str, float | None]:

@@ -132,6 +132,8 @@ def _require_small(content: Any, size: int) -> None:
 def _require_checkpoint(content: Any) -> None:
     if not isinstance(content, dict) or content.keys() != KEYS or content["version"] != VERSION:
         raise ValueError("it has other parts")
+    if not isinstance(content["run"], dict):
+        raise ValueError("it is of no run")
     json.dumps(content["run"])  # what is compared are words and numbers
 
 
