@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint bench slow examples clean
+.PHONY: demo test lint bench slow audit examples clean
 
 demo: $(READY)
 	$(BIN)/kronewton demo --out demo
@@ -23,6 +23,11 @@ bench: $(READY)
 
 slow: $(READY)
 	$(BIN)/pytest -m slow
+
+# Known vulnerabilities of the pinned versions; asks PyPI, and fails where it has no answer.
+audit: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[audit]'
+	$(BIN)/pip-audit --strict --progress-spinner off --no-deps --disable-pip -r constraints.txt
 
 # With the frameworks that docs/frameworks.md is about, which nothing else needs.
 examples: $(READY)

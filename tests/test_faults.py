@@ -279,3 +279,90 @@ def test_a_huge_gradient_does_not_stay_in_the_second_moments():
         before = next(task.model.parameters()).detach().clone()
         task.good(2)
         assert not next(task.model.parameters()).equal(before)
+
+
+def out_of_memory(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def out_of_python(*_: object, **__: object) -> None:
+    raise MemoryError
+
+
+def out_of_allocator(*_: object, **__: object) -> None:
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+
+def of_nan(matrix: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+    return torch.ones_like(matrix[..., 0]), torch.full_like(matrix, math.nan)
+
+
+INVERTING = ("eigh", "cholesky_ex", "cholesky", "inv", "solve")
+GONE = {"GPU": out_of_memory, "Python": out_of_python, "CPU": out_of_allocator}
+
+
+@pytest.mark.parametrize("basis", [*EVERY, "auto"])
+@pytest.mark.parametrize("where", GONE)
+def test_memory_that_runs_out_in_an_inversion_keeps_the_last_good_one(where, basis, monkeypatch):
+    task = Task(False, basis=basis, factor_every=1, inverse_every=1)
+    task.good(5)
+    kept = [t.clone() for t in task.kept("inverse")]
+    for name in INVERTING:
+        monkeypatch.setattr(torch.linalg, name, GONE[where])
+    task.good(1)
+    assert float(task.optimizer.diagnostics()["failed_inversions"]) > 0
+    if basis != "corrected":  # whose eigenvalues, in the old basis, are measured in every batch
+        assert all(a.equal(b) for a, b in zip(task.kept("inverse"), kept, strict=True))
+    monkeypatch.undo()
+    task.good(AFTER)
+    assert task.loss() <= WORSE * undisturbed(6, False, basis)
+
+
+@pytest.mark.parametrize("where", GONE)
+def test_memory_that_runs_out_in_the_first_inversion_is_said(where, monkeypatch):
+    task = Task(False, basis="factored")
+    before = next(task.model.parameters()).detach().clone()
+    for name in INVERTING:
+        monkeypatch.setattr(torch.linalg, name, GONE[where])
+    with pytest.raises(NotPositiveDefinite, match=r"not enough memory .*'0'; give it a lower larg"):
+        task.good(1)
+    assert next(task.model.parameters()).equal(before)
+    monkeypatch.undo()
+    task.good(2)
+
+
+def test_another_error_is_not_taken_for_memory(monkeypatch):
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a mistake")
+
+    task = Task(False, basis="factored", factor_every=1, inverse_every=1)
+    task.good(3)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", broken)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        task.good(1)
+
+
+@pytest.mark.parametrize("basis", ["eigen", "corrected", "adam"])
+def test_eigenvectors_that_are_nan_are_not_taken(basis, monkeypatch):
+    task = Task(False, basis=basis, factor_every=1, inverse_every=1)
+    task.good(5)
+    monkeypatch.setattr(torch.linalg, "eigh", of_nan)
+    task.good(2)
+    assert float(task.optimizer.diagnostics()["failed_inversions"]) > 0
+    assert float(task.optimizer.diagnostics()["skipped"]) == 0
+    assert all(bool(torch.isfinite(t).all()) for t in task.kept("inverse"))
+
+
+def test_a_cholesky_that_fails_is_tried_again_with_more_on_the_diagonal(monkeypatch):
+    own, tried = torch.linalg.cholesky_ex, []
+
+    def once(matrix: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+        factor, info = own(matrix, **options)
+        tried.append(matrix.dtype)
+        return factor, info + (matrix.dtype == torch.float32)
+
+    task = Task(False, basis="factored", factor_every=1, inverse_every=1)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", once)
+    task.good(3)
+    assert torch.float64 in tried
+    assert float(task.optimizer.diagnostics()["failed_inversions"]) == 0

@@ -293,6 +293,24 @@ def test_the_code_of_the_page_runs():
     assert_goes_on(config, run)
 
 
+def test_safetensors_keeps_what_the_page_makes_for_it(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    page = (Path(__file__).parents[1] / "docs" / "failures.md").read_text()
+    (code,) = [part.partition("```")[0] for part in page.split("```python\n")[1:]]
+    write, read = code.split("nested = {}")
+    config = in_float64("nothing set")
+    run = Training(config).steps(range(CUT))
+    names: dict[str, Any] = {"optimizer": run.optimizer}
+    exec(compile(write, "docs/failures.md", "exec"), names)
+    safetensors.save_file(names["flat"], tmp_path / "state.safetensors")
+    again = Training(config)
+    again.model.load_state_dict(run.model.state_dict())
+    flat = safetensors.load_file(tmp_path / "state.safetensors")
+    names = {"optimizer": again.optimizer, "flat": flat}
+    exec(compile("nested = {}" + read, "docs/failures.md", "exec"), names)
+    assert_goes_on(config, again)
+
+
 def assert_goes_on(config: Config, again: Training) -> None:
     whole = Training(config).steps(range(STEPS))
     again.steps(range(CUT, STEPS))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -31,7 +32,7 @@ from kronewton.inverse import (
     factored_inverse,
 )
 from kronewton.layers import ENTRIES, TURNED, Layer
-from kronewton.linalg import all_finite
+from kronewton.linalg import all_finite, ran_out_of_memory
 from kronewton.normalised import Moments, normalised, restored
 from kronewton.pair import (
     ExactPairInverse,
@@ -244,7 +245,8 @@ class Curvature:
         for name in self.known:
             if name in names or not self._up_to_date(name):
                 try:
-                    self._refresh_layer(name, damping, turn)
+                    with _memory_for(name):
+                        self._refresh_layer(name, damping, turn)
                 except NotPositiveDefinite:
                     self.failed += 1
                     if name not in self.inverses and self.basis != ADAM:
@@ -366,7 +368,11 @@ class Curvature:
         """The inverses as they would be with another damping."""
         if self.basis != "factored":
             return self.inverses  # applied with whatever damping is asked for
-        return {name: self._damped(name, damping) for name in self.inverses}
+        found = {}
+        for name in self.inverses:
+            with _memory_for(name):
+                found[name] = self._damped(name, damping)
+        return found
 
     def apply(self, name: str, G: Tensor, damping: float) -> Tensor:
         """(block + damping·I)⁻¹ G, as well as the basis has it."""
@@ -451,6 +457,20 @@ class Curvature:
         return ExactPairInverse(
             Product(kept["P1"], kept["Q1"], first), Product(kept["P2"], kept["Q2"], turned), near
         )
+
+
+@contextmanager
+def _memory_for(name: str) -> Iterator[None]:
+    """Memory that runs out inside is an inversion that failed like any other."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise NotPositiveDefinite(
+            f"there was not enough memory to invert the factors of layer '{name}'; give it a lower "
+            f"largest_side, largest_side={{'{name}': 1024}}, or make the batch smaller."
+        ) from error
 
 
 def _worth(M: Tensor, run: int, step: int, every: int) -> bool:

@@ -60,9 +60,11 @@ def symmetric_eigen(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
     for attempt in (matrix, matrix.double()):
         try:
             s, U = torch.linalg.eigh(attempt)
-        except RuntimeError:  # LinAlgError derives from it; MKL and cuSOLVER raise either
+        except RuntimeError as error:  # LinAlgError derives from it; MKL and cuSOLVER raise either
+            if ran_out_of_memory(error):
+                raise
             continue
-        if finite(s):
+        if finite(s) and all_finite((U,)):
             return s.clamp_min(0).to(matrix.dtype), U.to(matrix.dtype)
     raise NotPositiveDefinite(
         f"the eigendecomposition of {name} did not converge; "
@@ -97,6 +99,12 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 def finite(tensor: Tensor) -> bool:
     """Whether all numbers of one tensor are finite."""
     return not tensor.numel() or math.isfinite(float(tensor.abs().amax()))
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether an error says so: CPUs and the libraries of GPUs have a RuntimeError for it."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "memory" in said or "alloc" in said
 
 
 def longest(tensors: Sequence[Tensor]) -> float:
