@@ -183,8 +183,12 @@ def test_a_step_that_would_overflow_is_skipped(options):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("options", [{"basis": "adam", "inverse_every": 50}, {"curved": False}])
-def test_moments_follow_a_model_that_is_cast(options, dtype):
+@pytest.mark.parametrize("options", [{"basis": "adam"}, {"curved": False}])
+def test_moments_follow_a_model_that_is_cast(options, dtype, monkeypatch):
+    def failing(*_: object) -> None:
+        raise torch.linalg.LinAlgError("so that there is no basis, and no factor's dtype")
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
     training = Training(**options)
     for _ in range(3):
         training.step()

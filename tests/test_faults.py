@@ -318,9 +318,10 @@ def test_memory_that_runs_out_in_an_inversion_keeps_the_last_good_one(where, bas
     assert task.loss() <= WORSE * undisturbed(6, False, basis)
 
 
+@pytest.mark.parametrize("basis", ["factored", "eigen"])
 @pytest.mark.parametrize("where", GONE)
-def test_memory_that_runs_out_in_the_first_inversion_is_said(where, monkeypatch):
-    task = Task(False, basis="factored")
+def test_memory_that_runs_out_in_the_first_inversion_is_said(where, basis, monkeypatch):
+    task = Task(False, basis=basis)
     before = next(task.model.parameters()).detach().clone()
     for name in INVERTING:
         monkeypatch.setattr(torch.linalg, name, GONE[where])
