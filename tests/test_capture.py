@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 from torch.utils.checkpoint import checkpoint
 
-from kronewton import KFAC, structure
+from kronewton import KFAC, filing, structure
 from kronewton.batches import Batches
 from kronewton.capture import Watcher
 from kronewton.curvature import by_layer
@@ -922,3 +922,10 @@ def test_the_weight_of_a_pooled_example_is_that_of_its_tokens(fisher):
     each = (classes[y] / classes[y].sum()).view(6, 1).expand(6, 7)
     wanted = torch.einsum("nsi,nsj,ns->ij", rows, rows, each) / each.sum()
     torch.testing.assert_close(found["tokens"].A.mean, wanted, rtol=1e-10, atol=1e-13)
+
+
+def test_a_row_whose_first_entry_is_nothing_is_alive_all_the_same():
+    b = torch.zeros(2, 3, 2, 2)  # (V, N, S, d_out)
+    b[:, :2, :, 0] = 1
+    b[1, 2, 0, 1] = 1
+    assert filing._alive(b).tolist() == [[True, True], [True, True], [True, False]]

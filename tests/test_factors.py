@@ -13,6 +13,7 @@ from kronewton.curvature import Curvature
 from kronewton.factors import (
     Factors,
     Moment,
+    all_reduced,
     batch_factors,
     rotated,
     thinned,
@@ -170,6 +171,22 @@ def test_a_part_of_weight_c_scales_b_and_leaves_the_mean_of_a():
     one, three = batch_factors([(stats, ONE)]), batch_factors([(stats, 3 * ONE)])
     torch.testing.assert_close(three.A.mean, one.A.mean)
     torch.testing.assert_close(three.B.mean, 3 * one.B.mean)
+
+
+def test_a_quarter_that_is_then_reduced_is_a_quarter_of_what_is_reduced():
+    rows = DenseRows(torch.randn(40, 3, 2))
+    stats = Statistics(rows, torch.randn(1, 40, 3, 2), torch.tensor(1 / 40))
+    first = all_reduced(thinned([(stats, ONE)], 16, 1, reduce=True))[0][0]
+    last = thinned(all_reduced([(stats, ONE)]), 16, 1)[0][0]
+    assert first.a.counts == last.a.counts == (16, 1)
+    torch.testing.assert_close(first.a.dense(), last.a.dense())
+    torch.testing.assert_close(first.b, last.b)
+
+
+def test_a_loss_in_a_tiny_unit_has_curvature_all_the_same():
+    rows = torch.randn(8, 1, 3, dtype=torch.float32)
+    stats = Statistics(DenseRows(rows), rows[None], torch.tensor(1 / 8))
+    assert batch_factors([(stats, torch.tensor(1e-23))]).found() == (True, True)
 
 
 @pytest.mark.parametrize("side", ["a", "b"])

@@ -465,3 +465,31 @@ def test_deterministic_algorithms_are_all_that_it_needs(fisher, options, determi
     one, two = (run_with(lambda m: m, net(), data, fisher=fisher, **options) for _ in range(2))
     assert one.equal(two)
     assert bool(torch.isfinite(one).all())
+
+
+def test_what_is_changed_in_place_after_a_layer_was_cast_is_kept_as_the_layer_saw_it():
+    class Residual(nn.Module):
+        def __init__(self, in_place: bool) -> None:
+            super().__init__()
+            self.first, self.norm, self.f = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+            self.last, self.in_place = nn.Linear(8, 3), in_place
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(self.first(x)).float() * 1.0
+            if self.in_place:
+                h += self.f(h)
+            else:
+                h = h + self.f(h)
+            return self.last(h)
+
+    x, y, found = torch.randn(16, 6), torch.arange(16) % 3, []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        model, criterion = Residual(in_place).float(), nn.CrossEntropyLoss()
+        optimizer = KFAC(model, criterion)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = criterion(model(x.float()), y)
+        loss.backward()
+        optimizer.step()
+        found.append(optimizer._curvature.factors["f"].A.mean)
+    torch.testing.assert_close(found[0], found[1])

@@ -433,6 +433,24 @@ def test_any_criterion_is_its_projected_hessian(
     assert not u.requires_grad
 
 
+@pytest.mark.parametrize(("size", "weight"), [(10, 1e5), (100, 1e4), (1000, 1e3)])
+def test_a_coupling_beside_much_larger_curvature_is_not_overlooked(
+    size: int, weight: float
+) -> None:
+    class Both(nn.Module):
+        def forward(self, x: Tensor, y: Tensor, t: Tensor) -> Tensor:
+            far = weight * nn.functional.mse_loss(x[:, size], t)
+            return nn.functional.cross_entropy(x[:, :size], y) + far
+
+    x, v = 0.1 * normal(8, size + 1).float(), normal(8, size + 1, seed=3).float()
+    v[:, size] = 0
+    at = curvature(Both(), x, classes(size, 8), normal(8).float())
+    p = x[:, :size].softmax(1)
+    u = v[:, :size]
+    exact = ((p * u.square()).sum(1) - (p * u).sum(1).square()).sum() / len(x)
+    assert float((v * at.product(v)).sum()) == pytest.approx(float(exact), rel=1e-3)
+
+
 def test_generic_draws_average_to_the_projected_hessian() -> None:
     x, y = normal(3, 3, 2), classes(3, 3, 2)
     c, g = curvature(_Focal(), x, y), generator(5)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import kronewton as kn
-from kronewton.adapt import Settings
+from kronewton.adapt import Pace, Settings
 from kronewton.plan import Plan
 from kronewton.planner import (
     CALM_RENEWALS,
@@ -19,6 +19,7 @@ from kronewton.planner import (
     RENEWALS,
     Planner,
 )
+from kronewton.quadratic import flattened
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -206,3 +207,54 @@ def test_a_trial_of_a_linear_model_has_the_bend_of_the_exact_quadratic_model(
         for p, d in zip(model.parameters(), step, strict=True):
             p.add_(d)
         assert trial.loss == pytest.approx(float(criterion(model(x), y)), rel=1e-12)
+
+
+def test_the_first_bound_is_that_of_the_exact_quadratic_model() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    criterion, x, y = nn.CrossEntropyLoss(), torch.randn(20, 6).double(), torch.arange(20) % 3
+    optimizer = kn.KFAC(model, criterion)
+    criterion(model(x), y).backward()
+    parts, _ = optimizer._watcher.collect()  # type: ignore[union-attr]
+    planner, gradient = (
+        optimizer._planner,
+        flattened([p.grad for p in model.parameters() if p.grad is not None]),
+    )
+    assert planner is not None
+    direction = [-torch.sign(p.grad) for p in model.parameters() if p.grad is not None]
+    exact = planner.batches.quadratic(parts)
+    found = exact.subspace(gradient, [exact.line(direction)])
+    pace = planner._bounded(Pace(), parts, gradient, direction)
+    assert pace.ceiling == pytest.approx(-found.slope[0] / found.bend([1.0]), rel=1e-2)
+
+
+@pytest.mark.parametrize("where", ["outputs", "autocast", "parameters"])
+def test_in_half_precision_the_first_bound_is_from_forward_mode(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model: nn.Module = nn.Linear(6, 3).float()
+    if where == "parameters":
+        model = nn.Sequential(model.bfloat16(), Widened())
+    criterion, x, y = nn.CrossEntropyLoss(), torch.randn(20, 6).float(), torch.arange(20) % 3
+    x = x.bfloat16() if where == "parameters" else x
+    optimizer = kn.KFAC(model, criterion)
+    assert optimizer._planner is not None
+    asked: list[Any] = []
+    real = optimizer._planner.batches.quadratic
+    monkeypatch.setattr(
+        optimizer._planner.batches, "quadratic", lambda parts: asked.append(parts) or real(parts)
+    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=where != "parameters"):
+        output = model(x)
+        loss = criterion(output.float() if where == "autocast" else output, y)
+    loss.backward()
+    optimizer.step()
+    assert len(asked) == 1
+
+
+class Widened(nn.Module):
+    """Half precision that does not show in the output."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from torch.optim.optimizer import Optimizer
+from torch.utils.checkpoint import checkpoint
 
 import kronewton as kn
 from kronewton import KFAC, Preconditioner, preconditioner, watched
@@ -929,3 +930,52 @@ def test_the_code_of_the_page_runs():
 
 def test_it_is_a_public_name():
     assert kn.Preconditioner is Preconditioner
+
+
+def test_a_curvature_that_is_started_afresh_is_as_if_it_had_never_been() -> None:
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(4, 3), nn.CrossEntropyLoss()
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    made = Preconditioner(model, criterion)
+    criterion(model(1e8 * x), y).backward()
+    made.step()
+    made._start_afresh()
+    assert made._curvature.scale == made._curvature.largest == 0
+    assert not made._curvature.factors
+    model.zero_grad()
+    criterion(model(x), y).backward()
+    made.step()
+    assert made._curvature.scale == made._curvature.largest < 10
+
+
+def test_a_reentrant_checkpoint_is_one_backward_pass() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h: Tensor = checkpoint(self.inner, x, use_reentrant=True)
+            return self.last(h)
+
+    torch.manual_seed(0)
+    model, criterion = Checkpointed(), nn.CrossEntropyLoss()
+    made = Preconditioner(model, criterion, fisher="empirical")
+    x = torch.randn(8, 4, requires_grad=True)
+    criterion(model(x), torch.arange(8) % 3).backward()
+    made.step()
+    assert float(made.diagnostics()["skipped"]) == 0
+    assert set(made._curvature.factors) == {"inner", "last"}
+
+
+@pytest.mark.parametrize("unit", [1e-21, 1e-22])
+def test_a_layer_is_as_long_as_its_gradient_in_any_unit(unit: float) -> None:
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(4, 3), nn.CrossEntropyLoss()
+    made = Preconditioner(model, criterion, trust_region=None)
+    (unit * criterion(model(torch.randn(8, 4)), torch.arange(8) % 3)).backward()
+    before = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
+    made.step()
+    after = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
+    length, wanted = (float(t.double().norm()) for t in (after, before))
+    assert length == pytest.approx(wanted, rel=1e-3)

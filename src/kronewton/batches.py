@@ -148,6 +148,12 @@ def same_loss(parts: Sequence[Part]) -> float:
     return max([rounding(parts), *half])
 
 
+def half(parts: Sequence[Part]) -> bool:
+    """Whether some of what led to the loss was in half precision."""
+    casts = [part.call.autocast for part in parts if part.call is not None]
+    return same_loss(parts) > rounding(parts) or any(cast and cast.enabled for cast in casts)
+
+
 def rerunnable(part: Part) -> bool:
     """Whether the model can be run again, as the criterion saw it."""
     if part.call is None or not part.call.intact() or part.versions != versions(part.targets):

@@ -262,7 +262,7 @@ class Watcher:
             self.partial = (
                 "the gradient in the model's outputs is not that of "
                 f"{' and '.join(type(c).__name__ for c in self.criteria)} alone: the loss has "
-                "terms that were not watched. Give KFAC all of its criteria, criterion=(first, "
+                "terms that were not watched. Pass all of its criteria, criterion=(first, "
                 "second), or one criterion that computes the whole loss"
             )
 
@@ -382,7 +382,7 @@ class Watcher:
         if part is None:
             raise CriterionError(
                 "observe() was given an output that no watched layer of the model leads to. Give "
-                "it what the model that was given to KFAC returns."
+                "it what the watched model returns."
             )
         part.loss = loss.detach()
         commit = Commit(self, part, gradient)
@@ -483,7 +483,8 @@ class Watcher:
 
     def arrived(self, call: LayerCall, k: int, gradient: Tensor) -> None:
         """Keep the training gradient in a layer's output."""
-        self._begin()
+        if not self.criteria:  # a part is committed first, and a checkpoint's pass is not another
+            self._begin()
         # Outputs of one call (a recurrent layer's) arrive one by one; twice is another backward.
         for known, gradients in reversed(self._arrivals):
             if known is call and k not in gradients:
@@ -595,7 +596,7 @@ def _arguments(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         raise CriterionError(
             f"{type(criterion).__name__} was called with {type(given[0]).__name__ if given else 0} "
             "as its first argument; a watched criterion takes the model's output first, as a "
-            "tensor. Pass criterion=None, or call optimizer.observe(output, target, criterion)."
+            "tensor. Pass criterion=None, or call observe(output, target, criterion)."
         )
     return given
 

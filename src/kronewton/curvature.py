@@ -223,6 +223,12 @@ class Curvature:
             self.scale, self.largest = self._sound  # which the dampings go by
         return any_lost
 
+    def start_afresh(self) -> None:
+        """Let go of all that is known."""
+        self.factors, self.chosen = {}, {}
+        self.change_basis(self.basis)
+        self.scale = self.largest = 0.0
+
     def forget_batch(self) -> None:
         """Let go of the step's rows a and b."""
         self._batch = {}

@@ -71,9 +71,10 @@ class Factors:
         # Diagonals are enough: a bad entry of a row reaches the diagonal through its square.
         A, B = self._diagonals(self.A.total, self.B.total)
         a, b = A.sum(-1), B.sum(-1)
-        told = torch.stack([(a + b).sum(), (a * b).sum(), self.A.count.to(a.dtype)])  # one wait
-        sum_, product, count = told.tolist()
-        return math.isfinite(sum_), count > 0 and product > 0
+        count = self.A.count.to(a.dtype)
+        told = torch.stack([(a + b).sum(), (a / count * b).sum(), count])  # one wait
+        sum_, product, counted = told.tolist()
+        return math.isfinite(sum_), counted > 0 and product > 0
 
     def _diagonals(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         return self.sides.input.diagonal(A), self.sides.output.diagonal(B)

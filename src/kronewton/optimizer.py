@@ -110,9 +110,9 @@ class KFAC(Optimizer):
         Newton's steps; they are not saved with the state.
     basis: "factored" (π-damped factors), "eigen" ((B ⊗ A + damping·I)⁻¹ exactly), "corrected"
         (the same with the exact block's diagonal in that basis, EKFAC) or "adam" (Adam's moments in
-        that basis: normalised steps, undamped; momentum is the first one's decay). "auto" goes
-        between "factored" and "adam" by what the quadratic model allows at first and by the noise
-        between batches, where lr, momentum and damping are automatic, too; else it is "factored".
+        that basis: normalised steps, undamped; momentum is the first one's decay). "auto" begins
+        with "adam" and goes between it and "factored" by the noise between batches, where lr,
+        momentum and damping are automatic, too; else it is "factored".
     factor_every, inverse_every: steps between renewals. adapt_every: between decisions on λ.
     factor_decay: weight of the running factors against one new batch.
         "auto" goes by what is known of the noise between batches: see docs/adaptation.md.

@@ -295,7 +295,7 @@ def check_criterion(criterion: Any, fisher: str) -> None:
         if fisher == "exact":
             raise OptionError(
                 "fisher='exact' needs the Hessian of a criterion and none was given. Pass your "
-                "loss as a module, KFAC(model, nn.CrossEntropyLoss()), or use fisher='empirical'."
+                "loss as a module, (model, nn.CrossEntropyLoss()), or use fisher='empirical'."
             )
         return
     if not isinstance(criterion, nn.Module):
@@ -303,7 +303,7 @@ def check_criterion(criterion: Any, fisher: str) -> None:
         raise OptionError(
             f"criterion must be an nn.Module whose calls can be watched, not {given!r}. Use the "
             "module form (nn.CrossEntropyLoss() for F.cross_entropy), or pass None and call "
-            "optimizer.observe(output, target, criterion) in your loop."
+            "observe(output, target, criterion) in your loop."
         )
     if getattr(criterion, "reduction", "mean") == "none":
         raise UnsupportedError(

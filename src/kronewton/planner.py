@@ -25,7 +25,7 @@ from kronewton.adapt import (
     Settings,
     StepInfo,
 )
-from kronewton.batches import Batches, loss_of, rerunnable, rounding, same_loss, weight_of
+from kronewton.batches import Batches, half, loss_of, rerunnable, rounding, same_loss, weight_of
 from kronewton.curvature import ADAM, Curvature, due
 from kronewton.errors import NotPositiveDefinite
 from kronewton.normalised import FIRST_DECAY
@@ -330,7 +330,8 @@ class Planner:
         A step so short that the outputs' change is all but their derivative costs one forward pass.
         In half precision rounding would be most of that change, and forward mode takes its place.
         """
-        if same_loss(parts) > rounding(parts):
+        narrow = any(t.dtype.itemsize == 2 for t in self.replayer.originals)
+        if narrow or half(parts):
             with contextlib.suppress(MissingProducts):
                 model = self.batches.quadratic(parts)
                 found = model.subspace(gradient, [model.line(direction)])

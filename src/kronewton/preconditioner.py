@@ -18,6 +18,7 @@ from kronewton.coverage import Coverage
 from kronewton.curvature import due, due_in_turn
 from kronewton.errors import ModelError
 from kronewton.layers.base import at_least_float32
+from kronewton.linalg import all_finite
 from kronewton.options import AUTO, LARGEST_SIDE, PreconditionerOptions, check_criteria
 from kronewton.part import Part
 from kronewton.state import PRECONDITIONER_VERSION, require_preconditioners, require_same_layer
@@ -151,7 +152,7 @@ class Preconditioner:
             return
         watched.concerns.just_skipped = False
         parts = watched.collected(watcher, 1.0 if scaler is None else scaler.get_scale())
-        if scaler is not None and not self._bearable([]):
+        if scaler is not None and not all_finite(_dense(watched.all)):
             self._throw_away()  # scales that are too large are the scaler's business
             return
         self._warn_of(watcher, parts if scaler is None else [])
@@ -229,8 +230,10 @@ class Preconditioner:
     def _grafted(self, name: str, G: Tensor) -> Tensor:
         """The same, as long as G."""
         D = self._applied(name, G)
-        ratio: Tensor = G.norm().to(D) / D.norm().clamp_min(torch.finfo(D.dtype).tiny)
-        return D * ratio
+        # In float64, where squares do not vanish.
+        own, made = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in (G, D))
+        ratio: Tensor = own / made.clamp_min(torch.finfo(torch.float64).tiny)
+        return D * ratio.to(D.dtype)
 
     def _within(self, decrease: float, parts: Sequence[Part]) -> float:
         """What shortens a result whose g'(B ⊗ A + damping·I)⁻¹g is this, by the trust region."""
@@ -252,6 +255,8 @@ class Preconditioner:
         """
         grads = [p.grad for p in self._watched.all if p.grad is not None]
         squares = [_square(t) for t in (*grads, *found)]
+        if not squares:
+            return True
         return bool(torch.isfinite(torch.stack([s.to(squares[0]) for s in squares]).sum()))
 
     def _replace(self, found: Sequence[Tensor]) -> None:
@@ -276,7 +281,7 @@ class Preconditioner:
 
     def _start_afresh(self) -> None:
         """Let go of a curvature whose numbers are finite, and wrong."""
-        self._curvature.factors, self._curvature.inverses = {}, {}
+        self._curvature.start_afresh()
         self._lost = True
 
     def _drop_damaged(self) -> None:
@@ -368,6 +373,12 @@ def _dot(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
         for a, b in zip(first, second, strict=True)
     ]
     return float(torch.stack(products).sum())
+
+
+def _dense(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients that there are."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return [g.to_dense() if g.is_sparse else g for g in grads]
 
 
 def _square(tensor: Tensor) -> Tensor:

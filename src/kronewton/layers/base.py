@@ -66,7 +66,7 @@ class Kind(ABC):
         if not isinstance(output, Tensor) or not output.requires_grad:
             return None
         given = call.argument(0, "input")
-        inputs = kept(next(iter(call.kwargs.values())) if given is None else given)
+        inputs = kept(next(iter(call.kwargs.values())) if given is None else given, output)
         a = self.input_rows(layer, inputs, output.shape)
 
         def rows(gradients: Sequence[Tensor | None]) -> Tensor:
@@ -215,10 +215,12 @@ def from_column(layer: Layer, column: Tensor) -> dict[str, Tensor]:
     return {n: t.reshape(s) for (n, s), t in zip(shapes.items(), pieces, strict=True)}
 
 
-def kept(tensor: Tensor) -> Tensor:
+def kept(tensor: Tensor, output: Tensor | None = None) -> Tensor:
     """A module's input as it is now, in at least float32."""
-    # The user may put the next batch where this one is; activations stay as they are.
-    return at_least_float32(tensor.detach() if tensor.requires_grad else tensor.clone())
+    # The user may put the next batch where this one is. Activations stay as they are, for autograd
+    # has them too; but where autocast has made a copy for it, they may be changed in place.
+    stays = tensor.requires_grad and (output is None or output.dtype == tensor.dtype)
+    return at_least_float32(tensor.detach() if stays else tensor.detach().clone())
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

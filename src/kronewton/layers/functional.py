@@ -71,7 +71,7 @@ def _of_matrix(layer: Layer, use: Use, turned: bool, cut: slice) -> Seen:
     if use.looked_up:
         seen = token_sight(use.x, use.output, len(use.weight), None)
         return replace(seen, rows=lambda g: _padded(layer, seen.rows(g), turned))
-    x = _examples_first(kept(use.x), use)
+    x = _examples_first(kept(use.x, use.output), use)
     a = x if turned or "bias" not in _roles(layer) else _with_bias(x, layer, use)
 
     def rows(gradients: Sequence[Tensor | None]) -> Tensor:
