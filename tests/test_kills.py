@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import linecache
 import multiprocessing
 import os
 import random
@@ -206,6 +207,7 @@ def restarted(steps: int, folder: Path) -> None:
         run = start(task, rival, {}, 0, cpu)
         assert repr(checkpoint.load_(folder, run)) == repr(last)
         gc.collect()  # an optimizer and its hooks know each other
+        linecache.clearcache()  # of sources that a warning quoted
         marks.append((tracemalloc.get_traced_memory()[0], resident()))
     tracemalloc.stop()
     fifth, half = len(marks) // 5, len(marks) // 2  # what is loaded late is loaded by then
