@@ -41,7 +41,7 @@ CASES = [
     Case("linear, tokens", lambda: nn.Linear(3, 2), (4, 3)),
     Case("linear, an image of tokens", lambda: nn.Linear(3, 2), (2, 3, 3)),
     Case("linear, no bias", lambda: nn.Linear(3, 2, bias=False), (3,)),
-    Case("GPT-2's Conv1D", lambda: Conv1D(2, 3), (3,)),
+    Case("GPT-2's Conv1D", lambda: Conv1D(2, 3), inputs=normal(4, 3)),
     Case("GPT-2's Conv1D, tokens", lambda: Conv1D(2, 3), inputs=normal(4, 5, 3)),
     Case("conv1d", lambda: nn.Conv1d(2, 3, 2), (2, 5)),
     Case("conv1d, one window", lambda: nn.Conv1d(2, 3, 4), (2, 4)),

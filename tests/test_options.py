@@ -134,7 +134,7 @@ def test_a_criterion_that_cannot_be_watched_is_named_with_the_way_out(criterion)
     message = str(caught.value)
     assert getattr(criterion, "__name__", type(criterion).__name__) in message
     assert "must be an nn.Module" in message
-    assert "optimizer.observe" in message
+    assert "observe(output" in message
 
 
 def test_the_exact_fisher_needs_a_criterion():
