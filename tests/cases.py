@@ -125,3 +125,10 @@ def _tokens(*shape: int) -> torch.Tensor:
 
 def _padded(mode: str) -> nn.Module:
     return nn.Conv2d(2, 3, 3, padding=(2, 1), padding_mode=mode)
+
+
+def convolutional() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 4, 2, padding=1), nn.GroupNorm(2, 4), nn.ReLU(),
+        nn.Flatten(), nn.Linear(16, 4),
+    )  # fmt: skip

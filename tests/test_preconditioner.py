@@ -20,6 +20,7 @@ from torch.optim.optimizer import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 import kronewton as kn
+from cases import convolutional
 from kronewton import KFAC, Preconditioner, preconditioner, watched
 from kronewton.errors import (
     CriterionError,
@@ -772,13 +773,6 @@ def test_what_is_damaged_is_made_anew_from_the_next_batch(value, places, skipped
 
 
 # The state.
-
-
-def convolutional() -> nn.Module:
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 4, 2, padding=1), nn.GroupNorm(2, 4), nn.ReLU(),
-        nn.Flatten(), nn.Linear(16, 4),
-    )  # fmt: skip
 
 
 class Tokens(nn.Module):

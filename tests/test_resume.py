@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from cases import convolutional
 from kronewton import KFAC
 from kronewton.errors import StateError
 
@@ -31,13 +32,6 @@ def dense() -> nn.Module:
     return nn.Sequential(
         nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 4)
     )
-
-
-def convolutional() -> nn.Module:
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 4, 2, padding=1), nn.GroupNorm(2, 4), nn.ReLU(),
-        nn.Flatten(), nn.Linear(16, 4),
-    )  # fmt: skip
 
 
 class Tokens(nn.Module):

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from kronewton.errors import CriterionError, UnsupportedError
+from kronewton.errors import CriterionError
 from kronewton.filing import Filing
 from kronewton.fisher import Fisher
+from kronewton.graph import folded, leads_to, pulled
 from kronewton.hooks import Arrival, Commit, Hook, Received, remove
 from kronewton.layers import TURNED, Call, Found, Layer, Seen
 from kronewton.layers.functional import matrices, sightings
@@ -424,7 +425,7 @@ class Watcher:
         leading = [
             found
             for found in self._outputs
-            if found[1].requires_grad and _leads_to([found[1]], output)
+            if found[1].requires_grad and leads_to([found[1]], output)
         ]
         if len(leading) == 1:  # of several, one alone would not be the whole Jacobian
             forward, tensor, part.call, part.path = leading[0]
@@ -439,18 +440,18 @@ class Watcher:
             if part.call is not None or not calls:
                 return bool(calls)
             part.forwards = frozenset(call.forward for call in calls)
-            return _leads_to([edge for call in calls for edge in call.edges], output)
+            return leads_to([edge for call in calls for edge in call.edges], output)
         wanted = self.filing.wanted(calls)
         with torch.no_grad():
             weights = part.curvature().weights
         rows: list[list[Tensor | None]] = []
         with self.paused():  # checkpointed layers run again in here
-            T = _folded(calls, output) if part.batched else 0
+            T = folded(calls, output) if part.batched else 0
             for cotangent in self.fisher.cotangents(part.curvature(), T):
                 u = cotangent.to(output.dtype)
                 if not wanted.sources:
                     return False
-                rows.append(_pulled(output, wanted.sources, u))
+                rows.append(pulled(output, wanted.sources, u))
         return self.filing.file(part, wanted, rows, weights)
 
     # What arrives in the user's own backward pass.
@@ -545,27 +546,6 @@ class Watcher:
         return [part]
 
 
-def _folded(calls: Sequence[LayerCall], output: Tensor) -> int:
-    """How many positions of each of the layers' examples the output's first dimension holds."""
-    examples = [call.a.counts[0] for call in calls]
-    N = mode(examples) if examples else 0
-    whole = output.dim() > 1 and N > 0 and len(output) % N == 0
-    return len(output) // N if whole else 1
-
-
-def _pulled(output: Tensor, sources: Sequence[Any], u: Tensor) -> list[Tensor | None]:
-    try:
-        return list(torch.autograd.grad(output, list(sources), u, True, allow_unused=True))
-    except RuntimeError as error:
-        if "use_reentrant" not in str(error):
-            raise
-        raise UnsupportedError(
-            "a part of the model is checkpointed with use_reentrant=True, which torch can only "
-            "differentiate in one backward pass over everything. Give torch.utils.checkpoint "
-            "use_reentrant=False; or pass criterion=None, which takes the training gradients."
-        ) from error
-
-
 def _length(gradients: Mapping[int, Tensor]) -> Tensor:
     """The norm of several tensors together."""
     squares = [g.double().square().sum() for g in gradients.values()]
@@ -599,15 +579,3 @@ def _arguments(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             "tensor. Pass criterion=None, or call observe(output, target, criterion)."
         )
     return given
-
-
-def _leads_to(sources: Sequence[Tensor | GradientEdge], output: Tensor) -> bool:
-    zeros = torch.zeros_like(output)
-    found = torch.autograd.grad(
-        output,
-        list(sources),  # type: ignore[arg-type]  # torch takes a mixture
-        zeros,
-        retain_graph=True,
-        allow_unused=True,
-    )
-    return any(gradient is not None for gradient in found)
