@@ -310,3 +310,22 @@ def test_numbers_that_are_not_whole_are_refused(key, value):
     with pytest.raises(StateError, match=rf"for '{key}', which is a whole number from 0 to"):
         other.optimizer.load_state_dict(saved)
     assert other.weights().equal(before)
+
+
+@pytest.mark.parametrize("basis", ["factored", "eigen", "corrected", "adam"])
+def test_a_state_that_lacks_any_part_of_a_layer_is_refused_by_name(basis: str) -> None:
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(4, 3), nn.CrossEntropyLoss()
+    optimizer = KFAC(model, criterion, basis=basis)
+    for _ in range(3):
+        optimizer.zero_grad()
+        criterion(model(torch.randn(8, 4)), torch.arange(8) % 3).backward()
+        optimizer.step()
+    parts = ("kfac_A_", "kfac_B_", "kfac_inverse_", "kfac_moments_")
+    keys = [k for k in optimizer.state_dict()["state"][0] if k.startswith(parts)]
+    assert len(keys) >= 6
+    for key in keys:
+        state = optimizer.state_dict()
+        state["state"][0].pop(key)
+        with pytest.raises(StateError, match="it is damaged"):
+            KFAC(model, criterion, basis=basis).load_state_dict(state)

@@ -435,7 +435,7 @@ class Curvature:
         if "seen" in kept:
             self.rows[name] = int(kept["seen"])
         inverse = {k.removeprefix("inverse_"): t for k, t in kept.items() if "inverse_" in k}
-        if inverse:
+        if inverse and self.terms(name):  # or its factors were lost just before it was saved
             self.inverses[name] = self._restored(name, inverse)
         steps = {k.removeprefix("moments_"): t for k, t in kept.items() if "moments_" in k}
         if steps:

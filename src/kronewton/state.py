@@ -7,7 +7,7 @@ the first one, as one float64 vector and one byte tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,13 @@ SCALARS = (
     "look",
     "gap",
     "restless",
+)
+FACTORS = {"A_total", "A_count", "B_total", "B_count"}
+INVERSES = (  # by the fields of each kind
+    {"A_inverse", "B_inverse"},
+    {"U_A", "U_B", "s"},
+    {"X", "Y", "s"},
+    {"X", "Y", "s", "P1", "Q1", "P2", "Q2"},
 )
 COUNTS = ("steps", "asked", "skipped", "undone", "broken", "paced", "look", "gap")
 WHOLE = {  # of them, with the last that each may be
@@ -240,11 +247,12 @@ def require_same_layer(layer: Layer, kept: Mapping[str, Tensor], largest: int) -
         return
     shape = layer.kind.matrix(layer, layer.parameters()).shape
     moments = {k.removeprefix("moments_") for k in kept if k.startswith("moments_")}
-    if moments and moments != {"m", "v", "steps"}:
-        raise StateError(
-            f"the state_dict holds only {', '.join(sorted(moments))} of the moments m, v and steps "
-            f"of layer '{layer.name}': it is damaged. Load another checkpoint, or start afresh."
-        )
+    _require_whole(layer, "moments m, v and steps", moments, [{"m", "v", "steps"}])
+    inverse = {k.removeprefix("inverse_") for k in kept if k.startswith("inverse_")}
+    _require_whole(layer, "inverse", inverse, INVERSES)
+    for how in ("", TURNED, ENTRIES):
+        own = {part for part in FACTORS if part + how in kept}
+        _require_whole(layer, "factors' totals and counts", own, [FACTORS])
     for key in moments - {"steps"}:
         found = kept[f"moments_{key}"]
         if found.shape not in (shape, torch.Size((shape.numel(), 1))):
@@ -262,6 +270,15 @@ def require_same_layer(layer: Layer, kept: Mapping[str, Tensor], largest: int) -
         if tensor.shape not in [torch.Size((*shape[:-2], *one)) for one in allowed]:
             wanted = torch.Size((*shape[:-2], *allowed[0]))
             raise _of_another_model("a factor", tensor, f"layer '{layer.name}'", wanted)
+
+
+def _require_whole(layer: Layer, what: str, found: set[str], allowed: Sequence[set[str]]) -> None:
+    """Raise StateError if there is something of a layer, and not all that belongs to it."""
+    if found and found not in allowed:
+        raise StateError(
+            f"the state_dict holds only {', '.join(sorted(found))} of the {what} "
+            f"of layer '{layer.name}': it is damaged. Load another checkpoint, or start afresh."
+        )
 
 
 def require_preconditioners(state_dict: Any, basis: str, layers: Mapping[str, Layer]) -> None:
