@@ -71,7 +71,7 @@ OWNER = Owner(
     "AdamW",
 )
 # Why a step was skipped, and what to do.
-NOT_BEARABLE = (
+NO_LENGTH = (
     "every length that was tried made the loss of its own batch far worse, or was refused by the "
     "model or the loss",
     "Look at whether the loss has a minimum, and whether it is a function of the batch alone.",
@@ -333,11 +333,11 @@ class KFAC(Optimizer):
             self._concerns.say_all(of_products(planner, parts))
         if planner.searching:
             self._skip(NO_CURVATURE)
-        elif plan is None or not self._bearable(plan):
+        elif plan is None or not self._far_from_overflow(plan):
             self._skip()
         elif not plan.made:
             self._plan, self._previous = plan, None
-            self._skip(NOT_BEARABLE)
+            self._skip(NO_LENGTH)
         else:
             self._plan = plan
             judged = planner.judges(self._steps, parts, plan)
@@ -377,7 +377,7 @@ class KFAC(Optimizer):
         pairs = zip(self._parameters, direction, strict=True)
         return [d if lr[id(p)] == 1 else d * lr[id(p)] for p, d in pairs]
 
-    def _bearable(self, plan: Plan) -> bool:
+    def _far_from_overflow(self, plan: Plan) -> bool:
         """Whether a step is finite, and so short that many like it are.
 
         Norms stand for the largest number: a sum of squares costs no more than a sum.

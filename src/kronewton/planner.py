@@ -358,7 +358,7 @@ class Planner:
             trial = self.batches.trial(parts, step)
             change = trial.loss - before
             promised = along + 0.5 * trial.bend
-            if self._bearable(change, promised, before, parts):
+            if self._loss_allows(change, promised, before, parts):
                 break
             self.pace, shorter = self.pacing.failed(self.pace, lr, along / lr, change), True
             self.undone += 1
@@ -380,7 +380,7 @@ class Planner:
         predicted = share * along + 0.5 * share**2 * trial.bend
         return Plan(direction, self.lr, 0.0, predicted=predicted)
 
-    def _bearable(
+    def _loss_allows(
         self, change: float, promised: float, before: float, parts: Sequence[Part]
     ) -> bool:
         """Whether a normalised step may change the loss of its own batch so."""

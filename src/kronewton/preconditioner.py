@@ -168,10 +168,10 @@ class Preconditioner:
             self._skip(NO_CURVATURE)
         else:
             found = self._preconditioned(parts)
-            if self._bearable(found):
+            if self._squares_finite(found):
                 self._replace(found)
             else:
-                if self._bearable([]):  # no fault of the gradients
+                if self._squares_finite([]):  # no fault of the gradients
                     self._start_afresh()
                 self._skip(NOT_FINITE)
         self._curvature.forget_batch()
@@ -248,7 +248,7 @@ class Preconditioner:
                 bound = max(bound, share * weight_of(known))
         return math.sqrt(bound / (0.5 * decrease)) if 0.5 * decrease > bound else 1.0
 
-    def _bearable(self, found: Sequence[Tensor]) -> bool:
+    def _squares_finite(self, found: Sequence[Tensor]) -> bool:
         """Whether gradients and results are finite, and so are their squares.
 
         Those would stay in the second moments of an optimizer that keeps some.
