@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -22,15 +21,13 @@ from kronewton.concerns import (
     of_products,
     of_uncalled,
     require_curved,
-    require_own_parameters,
 )
 from kronewton.coverage import Coverage
-from kronewton.curvature import ADAM, due, due_in_turn
-from kronewton.errors import ModelError, StateError
+from kronewton.curvature import due, due_in_turn
+from kronewton.errors import ModelError
 from kronewton.linalg import all_finite, longest
 from kronewton.options import (
     AUTO,
-    BASES,
     LARGEST_SIDE,
     Options,
     check_criteria,
@@ -45,21 +42,8 @@ from kronewton.plan import Plan, Steering
 from kronewton.planner import Planner
 from kronewton.quadratic import flattened
 from kronewton.replay import Replayer
-from kronewton.state import (
-    PREFIX,
-    filed,
-    first_of,
-    of_layer,
-    planner_scalars,
-    read_scalars,
-    require_mapping,
-    require_same_groups,
-    require_same_layer,
-    require_same_shapes,
-    restore_planner,
-    scalars,
-    split,
-)
+from kronewton.saving import Saved
+from kronewton.state import Ours, join_, require_mapping, split
 from kronewton.watched import Watched
 
 OWNER = Owner(
@@ -76,7 +60,6 @@ NO_LENGTH = (
     "model or the loss",
     "Look at whether the loss has a minimum, and whether it is a function of the batch alone.",
 )
-PARTIAL = "before its state was saved this training had a loss with terms that were not watched"
 DECAY_UNIT = 1e-3  # weight decay of an automatic step: AdamW's at its usual learning rate
 
 
@@ -605,44 +588,14 @@ class KFAC(Optimizer):
         """Everything that the next steps depend on: tensors and numbers only."""
         if self._fallback is not None:
             self.state = self._fallback.state
-        handle = self.register_state_dict_post_hook(_add_packed, prepend=True)
+        handle = self.register_state_dict_post_hook(  # before a user's hooks see it
+            lambda _, found: join_(found, self._saved.packed(self._steps, self._previous)),
+            prepend=True,
+        )
         try:
             return super().state_dict()  # type: ignore[no-any-return]
         finally:
             handle.remove()
-
-    def _packed(self) -> dict[int, dict[str, Tensor]]:
-        place = self._index
-        require_own_parameters(self._layers, place, OWNER.name)
-        entries: dict[int, dict[str, Tensor]] = {i: {} for i in self._index.values()}
-        for layer in self._layers:
-            kept = self._curvature.tensors(layer.name)
-            entries[place[id(first_of(layer))]].update(filed(layer, kept))
-        for p, step in zip(self._parameters, self._previous or [], strict=False):
-            entries[place[id(p)]]["previous"] = step
-        for p in self._all:
-            entries[place[id(p)]].update(self._averages.tensors(p))
-        entries[0]["generator"] = self._watched.fisher.generator.get_state()
-        entries[0]["scalars"] = scalars(self._scalars())
-        return {i: found for i, found in entries.items() if found}
-
-    @property
-    def _index(self) -> dict[int, int]:
-        """Every parameter's number in a state_dict, which is torch's."""
-        listed = [p for group in self.param_groups for p in group["params"]]
-        return {id(p): i for i, p in enumerate(listed)}
-
-    def _scalars(self) -> dict[str, float | None]:
-        capturing = self._watcher is not None and self._watcher.capturing
-        basis = float(BASES.index(self._curvature.basis))
-        own = {
-            "steps": self._steps,
-            "skipped": self._concerns.skipped,
-            "capturing": capturing,
-            "basis": basis,
-            "partial": self._watcher is not None and bool(self._watcher.partial),
-        }
-        return {**own, **({} if self._planner is None else planner_scalars(self._planner))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave. Raises StateError if it is of another model.
@@ -655,13 +608,13 @@ class KFAC(Optimizer):
 
         def check(_: Any, found: dict[str, Any]) -> dict[str, Any]:
             given[:] = split(found)
-            self._require_own_state(*given)
+            self._saved.require_own(*given)
             return given[0]  # type: ignore[no-any-return]
 
         # Behind the user's own hooks, which may give another dictionary, and in front of them.
         before = self.register_load_state_dict_pre_hook(check)
         after = self.register_load_state_dict_post_hook(
-            lambda _: self._restore(given[1]), prepend=True
+            lambda _: self._take_over(given[1]), prepend=True
         )
         try:
             super().load_state_dict(state_dict)
@@ -669,57 +622,15 @@ class KFAC(Optimizer):
             before.remove()
             after.remove()
 
-    def _require_own_state(
-        self, theirs: Mapping[str, Any], ours: Mapping[int, Mapping[str, Tensor]]
-    ) -> None:
-        """Raise StateError, before anything is changed, unless it is a state of this model."""
-        numbers = read_scalars(ours.get(0, {}).get("scalars"))
-        saved = BASES[int(numbers["basis"] or 0)]
-        own_basis = self.options.basis
-        if saved != own_basis and not (own_basis == AUTO and saved in ("factored", ADAM)):
-            raise StateError(
-                f"the state_dict was saved with basis={saved!r} and this optimizer has "
-                f"{own_basis!r}. Build it with the basis that the state was saved with."
-            )
-        own = [len(group["params"]) for group in self.param_groups]
-        require_same_groups([len(group["params"]) for group in theirs["param_groups"]], own)
-        for p in self._all:
-            i = self._index[id(p)]
-            name = self._watched.names.get(id(p), str(i))
-            require_same_shapes(name, p, theirs["state"].get(i, {}), ours.get(i, {}))
-        for layer in self._layers:
-            saved_here = ours.get(self._index[id(first_of(layer))], {})
-            largest = self.options.largest_side_of(layer.name)
-            require_same_layer(layer, of_layer(layer, saved_here), largest)
-
-    def _restore(self, ours: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Take over what is not torch's, as it was saved."""
-        numbers = read_scalars(ours[0]["scalars"])
+    def _take_over(self, ours: Ours) -> None:
+        """Restore what is not torch's; what is has been loaded."""
         if self._fallback is not None:
             self._fallback.state = self.state
-        place = self._index
-        saved = {
-            layer.name: of_layer(layer, ours.get(place[id(first_of(layer))], {}))
-            for layer in self._layers
-        }
-        self._watched.load(saved, BASES[int(numbers["basis"] or 0)])
-        steps = [ours.get(place[id(p)], {}).get("previous") for p in self._parameters]
-        found = [
-            t.to(p).clone() for t, p in zip(steps, self._parameters, strict=True) if t is not None
-        ]
-        self._previous = found if len(found) == len(steps) and found else None
-        self._averages.load([(p, ours.get(place[id(p)], {})) for p in self._all])
-        self._watched.fisher.resume(ours[0]["generator"], self._all[0].device)
-        self._load_scalars(numbers)
+        self._steps, self._previous = self._saved.load(ours)
 
-    def _load_scalars(self, numbers: Mapping[str, float | None]) -> None:
-        self._steps = int(numbers["steps"] or 0)
-        self._concerns.skipped = int(numbers["skipped"] or 0)
-        if self._watcher is not None:
-            self._watcher.capturing = bool(numbers["capturing"])
-            self._watcher.partial = PARTIAL if numbers["partial"] else ""
-        if self._planner is not None:
-            restore_planner(self._planner, numbers)
+    @property
+    def _saved(self) -> Saved:
+        return Saved(self._watched, self._planner, self._averages, self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the copy has a model of its own and watches that one."""
@@ -729,7 +640,7 @@ class KFAC(Optimizer):
             "groups": self.param_groups,
             "criteria": () if watcher is None else watcher.criteria,
             "model": None if planner is None else planner.replayer.model,
-            "options": {f.name: getattr(self.options, f.name) for f in fields(self.options)},
+            "options": dict(vars(self.options)),
             "state": self.state_dict(),
         }
 
@@ -747,10 +658,3 @@ class KFAC(Optimizer):
     def close(self) -> None:
         """Remove every hook. The optimizer cannot be used afterwards."""
         self._watched.close()
-
-
-def _add_packed(optimizer: Any, packed: dict[str, Any]) -> None:
-    """Add ours to torch's part of a state_dict, before a user's hooks see it."""
-    for index, entries in optimizer._packed().items():
-        mine = {PREFIX + key: tensor.clone() for key, tensor in entries.items()}
-        packed["state"][index] = {**packed["state"].get(index, {}), **mine}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from kronewton.layers.base import at_least_float32
 from kronewton.linalg import all_finite
 from kronewton.options import AUTO, LARGEST_SIDE, PreconditionerOptions, check_criteria
 from kronewton.part import Part
-from kronewton.state import PRECONDITIONER_VERSION, require_preconditioners, require_same_layer
+from kronewton.state import PRECONDITIONER_VERSION, require_preconditioners
 from kronewton.watched import Watched
 
 DAMPING = 1.0  # over the curvature's mean eigenvalue
@@ -323,10 +322,7 @@ class Preconditioner:
             "version": PRECONDITIONER_VERSION,
             "basis": self._curvature.basis,
             "steps": self._steps,
-            "skipped": self._watched.concerns.skipped,
-            "capturing": self._watcher.capturing,
-            "scale": self._curvature.scale,
-            "largest": self._curvature.largest,
+            **self._watched.numbers(),
             "generator": self._watched.fisher.generator.get_state(),
             "layers": {n: {k: t.clone() for k, t in own.items()} for n, own in kept.items() if own},
         }
@@ -336,16 +332,9 @@ class Preconditioner:
 
         Factors keep the precision that they were saved with, whatever the parameters' is.
         """
-        require_preconditioners(state_dict, self._curvature.basis, self._curvature.layers)
-        for layer in self._layers:
-            largest = self.options.largest_side_of(layer.name)
-            require_same_layer(layer, state_dict["layers"].get(layer.name, {}), largest)
-        self._watched.load(state_dict["layers"], state_dict["basis"])
-        self._curvature.scale = float(state_dict["scale"])
-        self._curvature.largest = float(state_dict["largest"])
-        self._watched.fisher.resume(state_dict["generator"], self._watched.all[0].device)
-        self._watched.concerns.skipped = int(state_dict["skipped"])
-        self._watcher.capturing = bool(state_dict["capturing"])
+        basis, largest = self._curvature.basis, self.options.largest_side_of
+        require_preconditioners(state_dict, basis, self._curvature.layers, largest)
+        self._watched.load(state_dict["layers"], basis, state_dict, state_dict["generator"])
         self._steps = int(state_dict["steps"])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -353,7 +342,7 @@ class Preconditioner:
         return {
             "model": self._watched.model,
             "criterion": self._watcher.criteria or None,
-            "options": {f.name: getattr(self.options, f.name) for f in fields(self.options)},
+            "options": dict(vars(self.options)),
             "state": self.state_dict(),
         }
 

@@ -7,58 +7,30 @@ the first one, as one float64 vector and one byte tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kronewton.adapt import Pace, Settings
-from kronewton.averaging import SAVED
 from kronewton.errors import StateError
 from kronewton.layers import ENTRIES, TURNED, Layer
 from kronewton.options import BASES
-from kronewton.planner import Planner
 from kronewton.structure import DENSE, DIAGONAL, side_of
 
 VERSION = 6
 PRECONDITIONER_VERSION = 1
-NOT_OF_LAYERS = ("previous", "generator", "scalars", *SAVED)  # in a parameter's part of the state
+Ours = Mapping[int, Mapping[str, Tensor]]  # our part of a state, by each parameter's number
 PREFIX = "kfac_"  # in front of every key of ours, beside those of the fallback
 _PRECONDITIONERS = {
     "basis", "steps", "skipped", "capturing", "scale", "largest", "generator", "layers",
 }  # fmt: skip
 SCALARS = (
-    "version",
-    "steps",
-    "asked",
-    "capturing",
-    "scale",
-    "largest",
-    "damping",
-    "inverse_damping",
-    "probe",
-    "noise",
-    "noise_seen",
-    "after",
-    "change",
-    "skipped",
-    "undone",
-    "broken",
-    "lr",
-    "basis",
-    "partial",
-    "pace",
-    "ceiling",
-    "limit",
-    "slope",
-    "bend",
-    "square",
-    "paced",
-    "look",
-    "gap",
+    "version", "steps", "asked", "capturing", "scale", "largest", "damping", "inverse_damping",
+    "probe", "noise", "noise_seen", "after", "change", "skipped", "undone", "broken", "lr", "basis",
+    "partial", "pace", "ceiling", "limit", "slope", "bend", "square", "paced", "look", "gap",
     "restless",
-)
+)  # fmt: skip
 FACTORS = {"A_total", "A_count", "B_total", "B_count"}
 INVERSES = (  # by the fields of each kind
     {"A_inverse", "B_inverse"},
@@ -100,71 +72,6 @@ def read_scalars(row: Any) -> dict[str, float | None]:
     return numbers
 
 
-def planner_scalars(planner: Planner) -> dict[str, float | None]:
-    """The numbers that the planner's next decisions depend on."""
-    settings, outcome = planner.settings, planner.outcome
-    return {
-        "asked": planner.asked,
-        "scale": planner.curvature.scale,
-        "largest": planner.curvature.largest,
-        "damping": None if settings is None else settings.damping,  # NaN: still to be found
-        "inverse_damping": None if settings is None else settings.inverse_damping,
-        "probe": None if settings is None else settings.probe,
-        "noise": None if settings is None else settings.noise,
-        "noise_seen": planner.noise,
-        "after": None if outcome is None else outcome[0],
-        "change": None if outcome is None else outcome[1],
-        "undone": planner.undone,
-        "broken": planner.broken,
-        "lr": planner.lr,
-        "pace": planner.pace.lr,
-        "ceiling": planner.pace.ceiling,
-        "limit": planner.pace.limit,
-        "slope": planner.pace.slope,
-        "bend": planner.pace.bend,
-        "square": planner.pace.square,
-        "paced": planner.pace.steps,
-        "look": planner.pace.look,
-        "gap": planner.pace.gap,
-        "restless": planner.curvature.restless,
-    }
-
-
-def restore_planner(planner: Planner, numbers: Mapping[str, float | None]) -> None:
-    """The inverse of `planner_scalars`. A damping that was given as a number stays as given."""
-    planner.asked, planner.undone = int(numbers["asked"] or 0), int(numbers["undone"] or 0)
-    planner.broken = int(numbers["broken"] or 0)
-    planner.lr = numbers["lr"] or 0.0
-    planner.pace = _pace(numbers)
-    planner.batches.forget()
-    restless = numbers["restless"]
-    planner.curvature.restless = 1.0 if restless is None else restless
-    planner.curvature.largest = numbers["largest"] or 0.0
-    planner.curvature.scale, planner.noise = numbers["scale"] or 0.0, numbers["noise_seen"]
-    if isinstance(planner.options.damping, str):
-        planner.settings = None
-    if isinstance(planner.options.damping, str) and numbers["noise"] is not None:
-        found = (numbers[k] for k in ("damping", "inverse_damping", "probe", "noise"))
-        planner.settings = Settings(*[math.nan if v is None else v for v in found])
-    after, change = numbers["after"], numbers["change"]
-    planner.outcome = None if after is None or change is None else (after, change)
-
-
-def _pace(numbers: Mapping[str, float | None]) -> Pace:
-    lr, ceiling, limit = (numbers[k] for k in ("pace", "ceiling", "limit"))
-    return Pace(
-        math.nan if lr is None else lr,
-        math.inf if ceiling is None else ceiling,
-        math.inf if limit is None else limit,
-        numbers["slope"] or 0.0,
-        numbers["bend"] or 0.0,
-        numbers["square"] or 0.0,
-        int(numbers["paced"] or 0),
-        int(numbers["look"] or 0),
-        int(numbers["gap"] or 0),
-    )
-
-
 def require_mapping(state_dict: Any, keys: Iterable[str] = ()) -> None:
     """Raise StateError unless it is a dictionary with these keys."""
     if not isinstance(state_dict, Mapping) or not set(keys) <= set(state_dict):
@@ -197,6 +104,13 @@ def split(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, dict
     return {**state_dict, "state": theirs, "param_groups": groups}, ours
 
 
+def join_(theirs: dict[str, Any], ours: Ours) -> None:
+    """The inverse of `split`: put copies of ours into torch's part of a state_dict."""
+    for index, entries in ours.items():
+        mine = {PREFIX + key: tensor.clone() for key, tensor in entries.items()}
+        theirs["state"][index] = {**theirs["state"].get(index, {}), **mine}
+
+
 def _numbered(groups: Any) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The groups with their parameters' numbers, and the numbers by what is saved.
 
@@ -218,8 +132,9 @@ def _numbered(groups: Any) -> tuple[list[dict[str, Any]], dict[str, int]]:
     return numbered, place
 
 
-def require_same_groups(saved: list[int], own: list[int]) -> None:
+def require_same_groups(theirs: Sequence[Any], ours: Sequence[Any]) -> None:
     """Raise StateError unless the numbers of parameters in all groups agree."""
+    saved, own = ([len(group["params"]) for group in groups] for groups in (theirs, ours))
     if saved != own:
         raise StateError(
             f"the state_dict has parameter groups of {saved} parameters and this optimizer has "
@@ -241,10 +156,27 @@ def require_same_shapes(
             raise _of_another_model(what, found, f"parameter '{name}'", p.shape)
 
 
-def require_same_layer(layer: Layer, kept: Mapping[str, Tensor], largest: int) -> None:
+def require_same_basis(saved: str, own: str, allowed: Collection[str], owner: str) -> None:
+    """Raise StateError if a state was saved with a basis that its owner cannot go on with."""
+    if saved not in allowed:
+        raise StateError(
+            f"the state_dict was saved with basis={saved!r} and this {owner} has {own!r}. Build it "
+            "with the basis that the state was saved with."
+        )
+
+
+def require_same_layers(
+    layers: Iterable[Layer],
+    saved: Mapping[str, Mapping[str, Tensor]],
+    largest: Callable[[str], int],
+) -> None:
     """Raise StateError if what is saved of a layer has other shapes than it, or lacks a part."""
-    if not kept:
-        return
+    for layer in layers:
+        if saved.get(layer.name):
+            _require_same_layer(layer, saved[layer.name], largest(layer.name))
+
+
+def _require_same_layer(layer: Layer, kept: Mapping[str, Tensor], largest: int) -> None:
     shape = layer.kind.matrix(layer, layer.parameters()).shape
     moments = {k.removeprefix("moments_") for k in kept if k.startswith("moments_")}
     _require_whole(layer, "moments m, v and steps", moments, [{"m", "v", "steps"}])
@@ -281,7 +213,9 @@ def _require_whole(layer: Layer, what: str, found: set[str], allowed: Sequence[s
         )
 
 
-def require_preconditioners(state_dict: Any, basis: str, layers: Mapping[str, Layer]) -> None:
+def require_preconditioners(
+    state_dict: Any, basis: str, layers: Mapping[str, Layer], largest: Callable[[str], int]
+) -> None:
     """Raise StateError unless it is the state of a Preconditioner with this basis and model."""
     entries = state_dict if isinstance(state_dict, Mapping) else {}
     kept = entries.get("layers")
@@ -293,40 +227,14 @@ def require_preconditioners(state_dict: Any, basis: str, layers: Mapping[str, La
             f"Preconditioner (format {PRECONDITIONER_VERSION}). Pass what "
             "preconditioner.state_dict() returned, with the version of kronewton that wrote it."
         )
-    if entries["basis"] != basis:
-        raise StateError(
-            f"the state_dict was saved with basis={entries['basis']!r} and this Preconditioner has "
-            f"{basis!r}. Build it with the basis that the state was saved with."
-        )
+    require_same_basis(entries["basis"], basis, (basis,), "Preconditioner")
     strange = [name for name in entries["layers"] if name not in layers]
     if strange:
         raise StateError(
             f"the state_dict holds the curvature of layer '{strange[0]}', and this model has no "
             "such layer: it was saved for another model. Load the state of this model."
         )
-
-
-def first_of(layer: Layer) -> Tensor:
-    """The parameter that a layer's state is filed under."""
-    return next(iter(layer.whole().values()))
-
-
-def filed(layer: Layer, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is kept for a layer, as it stands among all that is filed under its first parameter."""
-    return {_key(layer) + k: t for k, t in kept.items()}
-
-
-def of_layer(layer: Layer, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `filed`."""
-    key = _key(layer)
-    found = {k.removeprefix(key): t for k, t in saved.items() if k.startswith(key)}
-    return {k: t for k, t in found.items() if not k.startswith("rows") and k not in NOT_OF_LAYERS}
-
-
-def _key(layer: Layer) -> str:
-    """In front of a layer's entries: several layers may be rows of one parameter."""
-    rows = next(iter(layer.parts.values()), None)
-    return "" if rows is None else f"rows{rows.start}_"
+    require_same_layers(layers.values(), entries["layers"], largest)
 
 
 def _of_another_model(what: str, saved: Tensor, owner: str, wanted: torch.Size) -> StateError:

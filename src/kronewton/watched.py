@@ -213,8 +213,24 @@ class Watched:
                 rows.append(row_without(name, p, joins, self.owner.method, why))
         return Coverage(tuple(rows), f"Fisher: {self.fisher.mode}.")
 
-    def load(self, saved: Mapping[str, Mapping[str, Tensor]], basis: str) -> None:
-        """Take over what `Curvature.tensors` gave of each layer, in the precision it has."""
+    # What is saved, beside what `Curvature.tensors` gives of each layer.
+
+    def numbers(self) -> dict[str, float]:
+        """The numbers that the next steps depend on."""
+        found: dict[str, float] = {"skipped": self.concerns.skipped, "capturing": False}
+        if self.watcher is not None:
+            found["capturing"] = self.watcher.capturing
+            found["scale"], found["largest"] = self.curvature.scale, self.curvature.largest
+        return found
+
+    def load(
+        self,
+        saved: Mapping[str, Mapping[str, Tensor]],
+        basis: str,
+        numbers: Mapping[str, Any],
+        generator: Tensor,
+    ) -> None:
+        """Take over each layer's tensors, in the precision they have, `numbers` and the draws."""
         self.curvature.factors, self.curvature.chosen = {}, {}
         self.curvature.change_basis(basis)
         for layer in self.layers:
@@ -222,6 +238,12 @@ class Watched:
             kept = {k: t.to(device).clone() for k, t in saved.get(layer.name, {}).items()}
             if kept:
                 self.curvature.load(layer.name, kept)
+        self.fisher.resume(generator, self.all[0].device)
+        self.concerns.skipped = int(numbers["skipped"] or 0)
+        if self.watcher is not None:
+            self.watcher.capturing = bool(numbers["capturing"])
+            self.curvature.scale = float(numbers["scale"] or 0.0)
+            self.curvature.largest = float(numbers["largest"] or 0.0)
 
     def close(self) -> None:
         """Remove every hook."""
