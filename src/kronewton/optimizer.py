@@ -25,13 +25,13 @@ from kronewton.concerns import (
 from kronewton.coverage import Coverage
 from kronewton.curvature import due, due_in_turn
 from kronewton.errors import ModelError
+from kronewton.fallback import Fallback
 from kronewton.linalg import all_finite, longest
 from kronewton.options import (
     AUTO,
     LARGEST_SIDE,
     Options,
     check_criteria,
-    check_fallback,
     check_group,
     check_pace,
     check_parameters,
@@ -208,7 +208,7 @@ class KFAC(Optimizer):
                 ),
             )
         rest = [p for p in self._all if id(p) not in self._place]
-        self._fallback = self._make_fallback(rest)
+        self._fallback = Fallback(rest, self.param_groups, options) if rest else None
         self._averages = Averages(options.averaging)
         self._previous: list[Tensor] | None = None
         self._plan: Plan | None = None
@@ -216,14 +216,6 @@ class KFAC(Optimizer):
         self._lost = False  # of factors, so that new ones are due
         self._scale = 1.0  # of a GradScaler
         self._unmade: tuple[int, int, set[int]] | None = None  # of a step that it may leave out
-
-    def _make_fallback(self, parameters: list[Tensor]) -> torch.optim.AdamW | None:
-        if not parameters:
-            return None
-        decay = {id(p): g["weight_decay"] for g in self.param_groups for p in g["params"]}
-        groups = [{"params": [p], "weight_decay": decay[id(p)]} for p in parameters]
-        options = self.options
-        return torch.optim.AdamW(groups, lr=options.fallback_lr, maximize=options.maximize)
 
     # The step.
 
@@ -243,14 +235,16 @@ class KFAC(Optimizer):
             check_group(group)
             check_pace(self._shrink(group))
         if self._fallback is not None:
-            self._follow_groups(self._fallback)
+            self._fallback.follow(self.param_groups)
         self._concerns.just_skipped, self._unmade = False, None
         if self._watcher is not None and self._watched.moves(self._watcher):
             assert self._planner is not None
             made = self._step_covered(self._watcher, self._planner)
         self._scale = 1.0
         if self._fallback is not None:
-            alone = self._step_fallback(self._fallback)
+            alone = self._fallback.step()
+            if alone is False and not self._concerns.just_skipped:
+                self._skip()
             made = alone if made is None else made
         if made:
             self._averages.learn(self._all)
@@ -462,35 +456,6 @@ class KFAC(Optimizer):
         self._drop_damaged()
         self._concerns.skip(reason)
 
-    def _follow_groups(self, fallback: torch.optim.AdamW) -> None:
-        """Give the fallback the groups' lr and decay of now. Raises OptionError if it can't."""
-        first = 1.0 if isinstance(self.options.lr, str) else self.options.lr or 1.0
-        own = {id(p): g for g in self.param_groups for p in g["params"]}
-        for group in fallback.param_groups:
-            (p,) = group["params"]
-            group["lr"] = self.options.fallback_lr * float(own[id(p)]["lr"]) / first
-            group["weight_decay"] = own[id(p)]["weight_decay"]
-            check_fallback(group["lr"], p.dtype)
-            check_pace(group["lr"] * group["weight_decay"])
-
-    def _step_fallback(self, fallback: torch.optim.AdamW) -> bool:
-        """Whether a step was made."""
-        for group in fallback.param_groups:
-            (p,) = group["params"]
-            if p.grad is not None and p.grad.is_sparse:  # AdamW takes none
-                p.grad = p.grad.to_dense()
-            for key, moment in fallback.state.get(p, {}).items():  # the model may have been cast
-                if key != "step" and moment.dtype != p.dtype:
-                    fallback.state[p][key] = moment.to(p.dtype)
-        grads = [p.grad for g in fallback.param_groups for p in g["params"] if p.grad is not None]
-        # Squared: what overflows there would stay in AdamW's second moment.
-        if grads and bool(torch.isfinite(torch.stack([(g * g.conj()).sum() for g in grads]).sum())):
-            fallback.step()
-            return True
-        if grads and not self._concerns.just_skipped:
-            self._skip()
-        return False
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Throw the gradients away, and with them the statistics that came with them."""
         super().zero_grad(set_to_none)
@@ -514,12 +479,10 @@ class KFAC(Optimizer):
         self._all += new
         self._watched.known |= {id(p) for p in new}
         self._watched.reasons.update({id(p): "added after the optimizer was made" for p in new})
-        if self._fallback is None:
-            self._fallback = self._make_fallback(new)
-        else:
-            decay = self.param_groups[-1]["weight_decay"]
-            for p in new:
-                self._fallback.add_param_group({"params": [p], "weight_decay": decay})
+        if self._fallback is not None:
+            self._fallback.add(new, self.param_groups)
+        elif new:
+            self._fallback = Fallback(new, self.param_groups, self.options)
 
     def _list(self, param_group: dict[str, Any]) -> None:
         try:
@@ -587,7 +550,7 @@ class KFAC(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on: tensors and numbers only."""
         if self._fallback is not None:
-            self.state = self._fallback.state
+            self.state = self._fallback.adamw.state
         handle = self.register_state_dict_post_hook(  # before a user's hooks see it
             lambda _, found: join_(found, self._saved.packed(self._steps, self._previous)),
             prepend=True,
@@ -625,7 +588,7 @@ class KFAC(Optimizer):
     def _take_over(self, ours: Ours) -> None:
         """Restore what is not torch's; what is has been loaded."""
         if self._fallback is not None:
-            self._fallback.state = self.state
+            self._fallback.adamw.state = self.state
         self._steps, self._previous = self._saved.load(ours)
 
     @property
