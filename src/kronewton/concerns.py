@@ -107,6 +107,24 @@ def require_curved(parts: Sequence[Part], refine: int) -> None:
         )
 
 
+def of_start(
+    model: nn.Module | None, criteria: Sequence[nn.Module], layers: Sequence[Layer], refine: int
+) -> Iterator[str]:
+    """What was given to KFAC, or asked of it, and is of no use."""
+    if criteria and model is None:
+        yield (
+            "a criterion was given and no model, so that nothing can be watched and AdamW "
+            "trains all parameters. Pass KFAC(model, criterion), or "
+            "KFAC(parameters, criterion, model=model)."
+        )
+    if refine and not layers:
+        yield (
+            f"refine={refine} was asked for, and no layer of the model is of a kind "
+            "that K-FAC covers: without its factors there is nothing to start from, and AdamW "
+            "trains all parameters."
+        )
+
+
 def of_products(planner: Planner, parts: Sequence[Part]) -> Iterator[str]:
     """Where the exact products come from, if not from where they should."""
     replayer, refine = planner.replayer, planner.options.refine

@@ -19,6 +19,7 @@ from kronewton.concerns import (
     NOT_FINITE,
     Owner,
     of_products,
+    of_start,
     of_uncalled,
     require_curved,
 )
@@ -181,31 +182,14 @@ class KFAC(Optimizer):
         )  # fmt: skip
         self._parameters, self._place, self._all = watched.parameters, watched.place, watched.all
         self._planner: Planner | None = None
-        if criteria and model is None:
-            self._concerns.say(
-                "a criterion was given and no model, so that nothing can be watched and AdamW "
-                "trains all parameters. Pass KFAC(model, criterion), or "
-                "KFAC(parameters, criterion, model=model)."
-            )
-        if options.refine and not self._layers:
-            self._concerns.say(
-                f"refine={options.refine} was asked for, and no layer of the model is of a kind "
-                "that K-FAC covers: without its factors there is nothing to start from, and AdamW "
-                "trains all parameters."
-            )
+        self._concerns.say_all(of_start(model, criteria, self._layers, options.refine))
         if model is not None and self._watcher is not None:
+            replayer = Replayer(model, self._parameters)
+            steering = Steering(
+                watched.precondition, self._scaled, self._gradients, self._normalise, self._change
+            )
             self._planner = Planner(
-                options,
-                self._curvature,
-                Replayer(model, self._parameters),
-                self._watcher.paused,
-                Steering(
-                    watched.precondition,
-                    self._scaled,
-                    self._gradients,
-                    self._normalise,
-                    self._change,
-                ),
+                options, self._curvature, replayer, self._watcher.paused, steering
             )
         rest = [p for p in self._all if id(p) not in self._place]
         self._fallback = Fallback(rest, self.param_groups, options) if rest else None
@@ -229,11 +213,11 @@ class KFAC(Optimizer):
                 loss = closure()
         if all(p.grad is None for p in self._all):
             if self._watcher is not None and self._watcher.foreign:
-                self._required(self._watcher)
+                self._collected(self._watcher)
             return loss
         for group in self.param_groups:  # schedulers and users change them between steps
             check_group(group)
-            check_pace(self._shrink(group))
+            check_pace(self._shrinkage(group))
         if self._fallback is not None:
             self._fallback.follow(self.param_groups)
         self._concerns.just_skipped, self._unmade = False, None
@@ -269,7 +253,7 @@ class KFAC(Optimizer):
 
     def _step_covered(self, watcher: Watcher, planner: Planner) -> bool:
         """Whether a step was made, and not taken back."""
-        parts = self._required(watcher)
+        parts = self._collected(watcher)
         require_curved(parts, self.options.refine)
         planner.partial = bool(watcher.partial)
         if watcher.partial:
@@ -330,7 +314,7 @@ class KFAC(Optimizer):
         self._lost = False
         return made
 
-    def _required(self, watcher: Watcher) -> list[Part]:
+    def _collected(self, watcher: Watcher) -> list[Part]:
         """The parts of this step, as terms of what is minimised."""
         parts = self._watched.collected(watcher, self._scale)
         return [part.maximised() for part in parts] if self.options.maximize else parts
@@ -367,7 +351,7 @@ class KFAC(Optimizer):
 
     def _move(self, plan: Plan) -> None:
         """Δ = lr·d + momentum·Δ_previous; a group's factor of an automatic lr is applied last."""
-        self._decay()
+        self._shrink_weights()
         if self._previous is None:
             self._previous = list(torch._foreach_mul(plan.direction, plan.lr))
         else:
@@ -375,9 +359,9 @@ class KFAC(Optimizer):
             torch._foreach_add_(self._previous, plan.direction, alpha=plan.lr)
         if plan.refinement:
             torch._foreach_add_(self._previous, list(plan.refinement))
-        self._add()
+        self._add_step()
 
-    def _add(self) -> None:
+    def _add_step(self) -> None:
         """Add the step to the parameters that have a gradient."""
         assert self._previous is not None
         automatic = self.options.lr == AUTO
@@ -398,7 +382,7 @@ class KFAC(Optimizer):
         still = set(range(len(found)))
         for group in self.param_groups:
             factor = float(group["lr"]) if self.options.lr == AUTO else 1.0
-            shrink = self._shrink(group)
+            shrink = self._shrinkage(group)
             for p in group["params"]:
                 i = self._place.get(id(p))
                 if i is None or p.grad is None:
@@ -432,16 +416,16 @@ class KFAC(Optimizer):
             )
         return factors.pop() if len(factors) == 1 else math.nan
 
-    def _decay(self) -> None:
+    def _shrink_weights(self) -> None:
         """Shrink the weights once."""
         for group in self.param_groups:
             if group["weight_decay"]:
-                factor = 1 - self._shrink(group)
+                factor = 1 - self._shrinkage(group)
                 for p in group["params"]:
                     if id(p) in self._place and p.grad is not None:
                         p.mul_(factor)
 
-    def _shrink(self, group: Mapping[str, Any]) -> float:
+    def _shrinkage(self, group: Mapping[str, Any]) -> float:
         """The part of a group's weights that a step takes away."""
         unit = DECAY_UNIT if self.options.lr == AUTO else 1.0
         return unit * float(group["lr"]) * float(group["weight_decay"])
@@ -466,7 +450,7 @@ class KFAC(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; once the optimizer is made they are trained by the fallback."""
         if not hasattr(self, "_all"):
-            self._list(param_group)  # from torch's own constructor
+            self._add_to_torch(param_group)  # from torch's own constructor
             return
         if not isinstance(param_group, dict):
             raise ModelError(
@@ -474,7 +458,7 @@ class KFAC(Optimizer):
                 "list of its parameters under 'params' is allowed."
             )
         check_parameters([param_group], None)
-        self._list(param_group)
+        self._add_to_torch(param_group)
         new = [p for p in self.param_groups[-1]["params"] if p.requires_grad]
         self._all += new
         self._watched.known |= {id(p) for p in new}
@@ -484,7 +468,7 @@ class KFAC(Optimizer):
         elif new:
             self._fallback = Fallback(new, self.param_groups, self.options)
 
-    def _list(self, param_group: dict[str, Any]) -> None:
+    def _add_to_torch(self, param_group: dict[str, Any]) -> None:
         try:
             super().add_param_group(param_group)
         except (TypeError, ValueError, RuntimeError) as error:
