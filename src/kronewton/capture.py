@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import mode
 from typing import Any, ClassVar
@@ -65,6 +65,7 @@ class Watcher:
         replays: bool,
     ) -> None:
         self.capturing = True  # statistics are due in this step
+        self._sampling = False  # a pass of our own is watched, by this watcher alone
         self.heeds_gradients = False  # nobody says when they are thrown away: see `_begin`
         self.stale = False  # a backward pass has added to gradients that a step has changed
         self._backward = -1  # the number of the last backward pass
@@ -163,7 +164,18 @@ class Watcher:
     @property
     def inert(self) -> bool:
         """Whether what happens now is no training's: a replay, or a pass of one's own."""
-        return Watcher._pauses > 0
+        return Watcher._pauses > 0 and not self._sampling
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Inside, between two batches, calls of layers are watched, by this watcher alone."""
+        self._sampling = self.capturing = True
+        try:
+            with self.paused(), torch.enable_grad():
+                yield
+        finally:
+            self._sampling = self.capturing = False
+            self._clear()
 
     def collect(self) -> tuple[list[Part], bool]:
         """The parts whose loss was differentiated since the last call; forgets all others.
@@ -234,7 +246,7 @@ class Watcher:
 
     @property
     def _checking(self) -> bool:
-        return self.capturing and self._to_check > 0 and not self._inside
+        return self.capturing and self._to_check > 0 and not (self._inside or self._sampling)
 
     def _expect(self, part: Part, loss: Tensor) -> None:
         """Note the criterion's own gradient in everything that the model has returned."""
@@ -400,7 +412,6 @@ class Watcher:
         fixed = tuple(t.detach() if isinstance(t, Tensor) else t for t in targets)
         part = Part(criterion, output.detach(), fixed, versions(fixed))
         part.autocast = autocast_of(output.device.type)
-        self._resolve()
         self._locate(part, output)
         found = self._backpropagate(part, output) if self.capturing else self._indirect
         if part.call is None and not found:
@@ -432,26 +443,42 @@ class Watcher:
             part.bridge = Bridge(tensor, output, part.path)
             part.forwards = frozenset([forward])
 
+    def known_calls(self) -> list[LayerCall]:
+        """The calls whose rows give their layer's gradient."""
+        self._resolve()
+        return [call for call in self.calls if call.layer.name not in self.filing.unexplained]
+
     def _backpropagate(self, part: Part, output: Tensor) -> bool:
         """Fill in the part's statistics; False if no watched layer leads to its output."""
-        calls = [call for call in self.calls if call.layer.name not in self.filing.unexplained]
+        calls = self.known_calls()
         part.batched = not calls or any(call.seen.batched for call in calls)
         if self.fisher.rides_along:
             if part.call is not None or not calls:
                 return bool(calls)
             part.forwards = frozenset(call.forward for call in calls)
             return leads_to([edge for call in calls for edge in call.edges], output)
-        wanted = self.filing.wanted(calls)
         with torch.no_grad():
             weights = part.curvature().weights
-        rows: list[list[Tensor | None]] = []
         with self.paused():  # checkpointed layers run again in here
             T = folded(calls, output) if part.batched else 0
-            for cotangent in self.fisher.cotangents(part.curvature(), T):
-                u = cotangent.to(output.dtype)
-                if not wanted.sources:
-                    return False
-                rows.append(pulled(output, wanted.sources, u))
+            drawn = self.fisher.cotangents(part.curvature(), T)
+            return self.file(part, calls, output, drawn, weights)
+
+    def file(
+        self,
+        part: Part,
+        calls: Sequence[LayerCall],
+        output: Tensor,
+        cotangents: Iterable[Tensor],
+        weights: Tensor,
+    ) -> bool:
+        """Statistics of calls from cotangents at an output; False if none of them leads to it."""
+        wanted = self.filing.wanted(calls)
+        rows: list[list[Tensor | None]] = []
+        for u in cotangents:
+            if not wanted.sources:
+                return False
+            rows.append(pulled(output, wanted.sources, u.to(output.dtype)))
         return self.filing.file(part, wanted, rows, weights)
 
     # What arrives in the user's own backward pass.

@@ -132,28 +132,31 @@ class Curvature:
         decay: float,
         rows: int | None = None,
         turn: int = 0,
+        times: float = 1.0,
     ) -> None:
         """Add one batch to the running factors of every term that took part in it.
 
         decay: the weight of what is known so far, against one for the batch. rows: how many are
-        enough of a layer, None for all; turn: which ones, see `thinned`.
+        enough of a layer, None for all; turn: which ones, see `thinned`. times: how many rows of
+        the batch each of these stands for.
         """
         self._sound = self.scale, self.largest
         self.rows.update(dict.fromkeys(map(layer_of, observations), 0))
         for term, found in observations.items():
-            self.rows[layer_of(term)] += sum(math.prod(stats.a.counts) for stats, _ in found)
-            seen = self._shared(term, found, rows, turn)
+            seen = sum(math.prod(stats.a.counts) for stats, _ in found)
+            self.rows[layer_of(term)] += round(times * seen)
+            shared = self._shared(term, found, rows, turn)
             sides = self.factors[term].sides if term in self.factors else self.sides(term)
-            batch = self._build(term, seen, sides)
+            batch = self._build(term, shared, sides)
             finite, curved = batch.found()
             if not finite:
                 self.dropped += 1
             elif curved:
                 # Without curvature (all masked, or a saturated softmax) there is nothing to learn.
-                self._batch[term] = seen
+                self._batch[term] = shared
                 # One draw says little about an entry: it takes the average of many.
                 own = max(decay, ENTRIES_DECAY) if term.endswith(ENTRIES) else decay
-                self._learn_term(term, batch, seen, own)
+                self._learn_term(term, batch, shared, own)
         if observations and self.factors:
             # In the layers' order, which a resumed training shares; not in the order of arrival.
             every = [name + how for name in self.layers for how in HOW]

@@ -111,11 +111,16 @@ def _thinned(stats: Statistics, rows: int, turn: int, reduce: bool) -> Statistic
     count = max(math.ceil(N / PART), math.ceil(rows / (1 if reduce else max(1, S))))
     if count >= N:
         return stats
+    cut = _cut(stats, *in_turn(N, count, turn))
+    return replace(cut, b=cut.b * math.sqrt(N / count))  # a sum over examples: fewer stand for all
+
+
+def in_turn(N: int, count: int, turn: int) -> tuple[int, int]:
+    """From where to where so many of N examples are, others in every turn."""
     tiles = N // count
     # What tiles leave over is at the end in one round, and at the beginning in the next.
     start = turn % tiles * count + turn // tiles % 2 * (N % count)
-    cut = _cut(stats, start, start + count)
-    return replace(cut, b=cut.b * math.sqrt(N / count))  # a sum over examples: fewer stand for all
+    return start, start + count
 
 
 def batch_factors(observations: Sequence[Observation], sides: Sides = PLAIN) -> Factors:

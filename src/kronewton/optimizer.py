@@ -43,6 +43,7 @@ from kronewton.plan import Plan, Steering
 from kronewton.planner import Planner
 from kronewton.quadratic import flattened
 from kronewton.replay import Replayer
+from kronewton.sampling import Sampler
 from kronewton.saving import Saved
 from kronewton.state import Ours, join_, require_mapping, split
 from kronewton.watched import Watched
@@ -188,6 +189,7 @@ class KFAC(Optimizer):
             steering = Steering(
                 watched.precondition, self._scaled, self._gradients, self._normalise, self._change
             )
+            self._sampler = Sampler(replayer, self._watcher, watched.fisher)
             self._planner = Planner(
                 options, self._curvature, replayer, self._watcher.paused, steering
             )
@@ -264,8 +266,7 @@ class KFAC(Optimizer):
         if watcher.capturing:
             self._concerns.say_all(of_uncalled(planner, parts))
         planner.look_back(parts)
-        turn = self._steps // planner.intervals()[0]  # others of its examples in every capture
-        self._watched.learn(parts, planner.decay(), planner.rows(), turn)
+        self._learn(watcher, planner, parts)
         if self._previous is not None:  # the model may have been cast since
             self._previous = [
                 t.to(p) for t, p in zip(self._previous, self._parameters, strict=True)
@@ -279,7 +280,7 @@ class KFAC(Optimizer):
         if planner.searching and self._curvature.scale > 0:
             planner.search(parts, gradient)
             names = self._curvature.known  # the search leaves inverses of its last trial
-        factor_every, inverse_every = planner.intervals()
+        inverse_every = planner.intervals()[1]
         age = planner.age(self._steps)
         if not changed:  # or they are new, or still to be made, anyway
             names = names or due_in_turn(age, inverse_every, list(self._curvature.layers))
@@ -310,9 +311,24 @@ class KFAC(Optimizer):
         planner.remember(parts)
         self._curvature.forget_batch()
         self._steps += 1
-        watcher.capturing = due(planner.age(self._steps), factor_every) or self._lost
+        waits = self._sampler.pays(planner.age(self._steps), planner.rows(), self._curvature.rows)
+        watcher.capturing = self._lost or (self._captures(planner) and not waits)
         self._lost = False
         return made
+
+    def _captures(self, planner: Planner) -> bool:
+        """Whether factors are due in the step that comes next."""
+        return due(planner.age(self._steps), planner.intervals()[0])
+
+    def _learn(self, watcher: Watcher, planner: Planner, parts: Sequence[Part]) -> None:
+        """Renew the factors by what was captured, or is now sampled from the step's batch."""
+        rows, turn = planner.rows(), self._steps // planner.intervals()[0]
+        if rows is not None and self._captures(planner) and not watcher.capturing:
+            if self._sampler.sample(parts, rows, self._curvature.rows, turn):
+                rows = None  # all that were taken
+            else:
+                self._lost = True  # then in the training's next pass
+        self._watched.learn(parts, planner.decay(), rows, turn)
 
     def _collected(self, watcher: Watcher) -> list[Part]:
         """The parts of this step, as terms of what is minimised."""

@@ -52,6 +52,9 @@ class Part:
     statistics: dict[str, list[Statistics]] = field(default_factory=dict)
     expected: dict[int, Tensor] = field(default_factory=dict)  # by output: gradient of the loss
     autocast: Autocast | None = None  # around the criterion
+    stands_for: float = (
+        1.0  # examples of the batch, for which each that is in the statistics stands
+    )
     sign: float = 1.0  # -1 where the criterion is maximised
     _at: OutputCurvature | None = None
 

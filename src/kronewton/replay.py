@@ -366,7 +366,7 @@ class Bridge:
     """
 
     def __init__(self, source: Tensor, output: Tensor, path: Path) -> None:
-        self.path = path
+        self.path, self.source = path, source.detach()
         self._u = torch.zeros_like(output, requires_grad=True)
         (self._pulled,) = torch.autograd.grad(
             output, source, self._u, create_graph=True, materialize_grads=True

@@ -125,10 +125,11 @@ class Watched:
         assert self.model is not None
         assert self.watcher is not None
         seen = by_layer((part.statistics, part.weight) for part in parts)
-        self.curvature.learn(seen, decay, rows, turn)
+        times = max((part.stands_for for part in parts), default=1.0)
+        self.curvature.learn(seen, decay, rows, turn, times)
         owner, say = self.owner, self.concerns.say_all
         require_own_parameters([*self.layers, *self.guests], self.place, owner.name)
-        if self.watcher.capturing:
+        if self.watcher.capturing or seen:
             layers = [layer for layer in self.layers if not self.curvature.terms(layer.name)]
             say(of_unexplained(self.watcher.filing.unexplained))
             say(of_unseen(layers, {layer_of(term) for term in seen}, owner.name))

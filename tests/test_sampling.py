@@ -1,0 +1,314 @@
+"""Statistics from a small pass of some examples are those that the training's own pass has."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kronewton as kn
+from kronewton import sampling
+from kronewton.sampling import Sampler
+
+N, D = 1200, 5  # examples: a quarter of them has more rows than are enough
+
+
+class Named(nn.Module):
+    """Takes its input by name, in a nest, and returns a dictionary of time steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(D, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, given: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+        return {"logits": self.head(self.lstm(given["x"][0])[0])}
+
+
+def mlp(*between: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(D, 6), *between, nn.Tanh(), nn.Linear(6, 3))
+
+
+def conv() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, D)), nn.Conv1d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(4 * D, 3),
+    )  # fmt: skip
+
+
+def plain(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x)
+
+
+def by_name(model: nn.Module, x: Tensor) -> Tensor:
+    found: Tensor = model(given={"x": [torch.stack([x, x.flip(1)], 1)]})["logits"]
+    return found.flatten(0, 1)  # the criterion has the positions of all examples in a row
+
+
+class Twice(nn.Module):
+    """One layer called two times: two positions of an example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(D, D), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(torch.tanh(self.body(x)))))
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor]]] = {
+    "mlp": (mlp, plain),
+    "convolution": (conv, plain),
+    "LSTM, by name, flattened": (Named, by_name),
+    "twice": (Twice, plain),
+}
+
+
+class Training:
+    """A loop with new examples in every step, as noise has it."""
+
+    def __init__(
+        self, make: Callable[[], nn.Module], called: Any = plain, examples: int = N, **options: Any
+    ) -> None:
+        torch.manual_seed(0)
+        self.model, self.called, self.examples = make(), called, examples
+        self.criterion = nn.CrossEntropyLoss()
+        self.optimizer = kn.KFAC(self.model, self.criterion, **{"basis": "adam", **options})
+        self.captured: list[bool] = []  # by the training's own pass, step by step
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(step)
+        x = torch.randn(self.examples, D)
+        return x, (x[:, :3] + 0.5 * torch.randn_like(x[:, :3])).argmax(1)
+
+    def step(self, step: int, after_forward: Callable[[Tensor], Any] | None = None) -> None:
+        x, y = self.batch(step)
+        self.captured.append(self.optimizer._watcher.capturing)
+        output = self.called(self.model, x)
+        y = y.repeat_interleave(len(output) // len(x))
+        self.optimizer.zero_grad()
+        self.criterion(output, y).backward()
+        if after_forward is not None:
+            after_forward(x)
+        self.optimizer.step()
+
+    def steps(self, count: int) -> Training:
+        for step in range(count):
+            self.step(step)
+        return self
+
+
+def factors(training: Training) -> dict[str, list[Tensor]]:
+    return {term: [f.A.mean, f.B.mean] for term, f in training.optimizer._curvature.factors.items()}
+
+
+@pytest.fixture
+def sampled(monkeypatch) -> list[bool]:
+    """What came of each sample."""
+    found: list[bool] = []
+    own = Sampler.sample
+
+    def counted(self: Sampler, *given: Any) -> bool:
+        found.append(own(self, *given))
+        return found[-1]
+
+    monkeypatch.setattr(Sampler, "sample", counted)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_sample_has_the_statistics_of_the_whole_pass(case, sampled, monkeypatch):
+    one = Training(*CASES[case], lr=0.001).steps(14)
+    assert sampled == [True] * 3  # 4, 8 and 12
+    assert one.captured == [step in (0, 1, 2) for step in range(14)]
+    monkeypatch.setattr(Sampler, "pays", lambda *_: False)
+    other = Training(*CASES[case], lr=0.001).steps(14)
+    assert len(sampled) == 3
+    assert sum(other.captured) == 6
+    for term, wanted in factors(other).items():
+        for A, B in zip(factors(one)[term], wanted, strict=True):
+            assert torch.allclose(A, B, rtol=1e-3, atol=1e-3 * float(B.abs().max()))
+    assert one.optimizer._curvature.rows == other.optimizer._curvature.rows
+
+
+def test_factors_that_a_sample_shifts_are_noticed(sampled, monkeypatch):
+    """The comparison above sees examples that are taken from another place."""
+    own = sampling._cut
+    monkeypatch.setattr(sampling, "_same", lambda *_: True)  # which would have refused it
+    monkeypatch.setattr(sampling, "_cut", lambda v, n, w: own(v, n, slice(0, w.stop - w.start)))
+    one = Training(mlp, lr=0.001).steps(14)
+    monkeypatch.setattr(Sampler, "pays", lambda *_: False)
+    other = Training(mlp, lr=0.001).steps(14)
+    (A, _), (B, _) = (factors(training)["0"] for training in (one, other))
+    assert not torch.allclose(A, B, rtol=1e-3, atol=1e-3 * float(B.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "module", [nn.BatchNorm1d(6), nn.Dropout(0.1), nn.AlphaDropout(0.1)], ids=repr
+)
+def test_what_mixes_or_draws_is_captured_in_its_own_pass(module, sampled):
+    training = Training(lambda: mlp(copy.deepcopy(module))).steps(9)
+    assert not sampled
+    assert sum(training.captured) == 5
+    for module in training.model.modules():
+        module.training = False  # then it does neither
+    training.captured.clear()
+    training.steps(9)
+    assert not any(training.captured[1:])
+    assert sampled
+
+
+def test_few_examples_are_captured_in_their_own_pass(sampled):
+    training = Training(mlp, examples=400).steps(9)
+    assert not sampled
+    assert sum(training.captured) == 5
+
+
+class Centred(nn.Module):
+    """Subtracts the mean of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x)
+        return h - h.mean(0) + h[0]
+
+
+class Masked(nn.Module):
+    """With a square matrix for all positions that has as many rows as there are examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.mask = mlp(), torch.eye(N)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return mask @ self.body(x)
+
+
+class Refusing(nn.Module):
+    """Takes batches of one size only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) != N:
+            raise ValueError("another size")
+        return self.body(x)
+
+
+class Drawing(nn.Module):
+    """Dropout by a function, which no module shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(F.dropout(x, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("make", "called"),
+    [
+        (Centred, plain),
+        (Masked, lambda model, x: model(x, torch.eye(len(x)))),
+        (Refusing, plain),
+        (Drawing, plain),
+    ],
+    ids=["centred", "masked", "refusing", "drawing"],
+)
+def test_where_a_sample_is_another_function_the_next_pass_is_captured(make, called, sampled):
+    training = Training(make, called).steps(10)
+    assert sampled == [False] * 2
+    assert [i for i, own in enumerate(training.captured) if own] == [0, 1, 2, 5, 9]
+
+
+@pytest.mark.parametrize("what", ["input", "criterion twice"])
+def test_a_batch_that_is_gone_is_captured_the_next_time(what, sampled):
+    training = Training(mlp).steps(4)
+
+    def spoil(x: Tensor) -> None:
+        if what == "input":
+            x.zero_()  # a loop that loads its next batch into the same tensor
+        else:
+            more, y = training.batch(100)
+            training.criterion(training.model(more), y).backward()
+
+    training.step(4, spoil)
+    assert sampled == [False]
+    training.step(5)
+    assert training.captured == [True, True, True, False, False, True]
+
+
+def test_a_sample_leaves_no_trace(sampled):
+    def make() -> nn.Module:
+        model = mlp(nn.LayerNorm(6))
+        model.register_buffer("count", torch.zeros(()))
+        model.register_forward_pre_hook(lambda m, _: m.count.add_(1) and None)
+        return model
+
+    training = Training(make).steps(4)
+    model, watcher = training.model, training.optimizer._watcher
+    before: list[Tensor] = []
+
+    def keep(_: Tensor) -> None:
+        before[:] = [torch.get_rng_state(), *(p.grad.clone() for p in model.parameters())]
+
+    training.step(4, keep)
+    assert sampled == [True]
+    after = [torch.get_rng_state(), *(p.grad for p in model.parameters())]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert float(model.count) == 5
+    assert not watcher.capturing
+    assert not watcher.pending
+    assert not watcher.calls
+    assert not watcher._outputs
+
+
+def test_another_optimizer_of_the_same_model_does_not_see_it(sampled):
+    training = Training(mlp).steps(4)
+    other = kn.KFAC(training.model, training.criterion)
+    training.step(4)
+    assert sampled == [True]
+    assert len(other._watcher._outputs) == 1  # of the training's own forward
+    assert len(other._watcher.calls) <= 2
+
+
+def test_a_sample_says_what_a_capture_says(sampled):
+    training = Training(mlp).steps(4)
+    training.model.append(nn.Linear(3, 3))
+    with pytest.warns(kn.errors.KronewtonWarning, match="was not in the model"):
+        training.step(4)
+    assert sampled == [True]
+
+
+def test_bfloat16_outputs_may_differ_by_their_rounding(sampled):
+    training = Training(mlp)
+
+    def called(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x).float()
+
+    training.called = called
+    training.steps(9)
+    assert sampled == [True, True]
+
+
+def test_it_goes_on_bit_for_bit(sampled):
+    whole = Training(mlp).steps(13)
+    first = Training(mlp).steps(8)  # the next one is sampled
+    again = Training(mlp)
+    again.model.load_state_dict(first.model.state_dict())
+    again.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    for step in range(8, 13):
+        again.step(step)
+    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
