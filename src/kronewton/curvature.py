@@ -198,7 +198,7 @@ class Curvature:
         self.factors[term] = running
         own = self._own_basis(term)
         if own is not None and running.s is not None:
-            self.inverses[layer_of(term)] = replace(own, s=running.s.mean)
+            self.inverses[layer_of(term)] = replace(own, s=running.s.mean.to(own.s.dtype))
 
     def _own_basis(self, term: str) -> EigenInverse | None:
         """The eigenbasis of a term that is all there is of its layer."""
@@ -288,7 +288,7 @@ class Curvature:
         if factors.s is not None and old is not None:
             s = self._carried(factors, old, new, term)
             self.factors[term] = replace(factors, s=s)
-            new = replace(new, s=s.mean)
+            new = replace(new, s=s.mean.to(new.s.dtype))
         self.inverses[name] = new
 
     def _carried(self, factors: Factors, old: EigenInverse, new: EigenInverse, term: str) -> Moment:
@@ -311,21 +311,23 @@ class Curvature:
         if len(terms) == 1:
             f = self.factors[terms[0]]
             return factored_inverse(f.A.mean, f.B.mean, damping, name, f.sides)
-        first, second = (
-            oriented(f.B.mean, f.A.mean, f.sides, t.endswith(TURNED))
-            for t in terms
-            for f in [self.factors[t]]
-        )
+        first, second = self._products(name)
         make = pair_inverse if self.basis == "factored" else exact_pair
         return make(first, second, damping, name)
 
+    def _products(self, name: str) -> list[Product]:
+        """A layer's terms on the sides of its own matrix."""
+        found = [(t, self.factors[t]) for t in self.terms(name)]
+        # The model may have been cast since one of two was seen.
+        dtype = max((f.A.total.dtype for _, f in found), key=lambda dtype: dtype.itemsize)
+        return [
+            oriented(f.B.mean.to(dtype), f.A.mean.to(dtype), f.sides, t.endswith(TURNED))
+            for t, f in found
+        ]
+
     def _common_basis(self, name: str, turn: tuple[int, int]) -> EigenInverse:
         """One eigenbasis for all terms of a layer, on the sides of its own matrix."""
-        products = [
-            oriented(f.B.mean, f.A.mean, f.sides, t.endswith(TURNED))
-            for t in self.terms(name)
-            for f in [self.factors[t]]
-        ]
+        products = self._products(name)
         one = of_both(products[0], products[1]) if len(products) == 2 else products[0]
         old = self._eigen(name)
         run = 3 * self.rows.get(name, 0) * self.factors[self.terms(name)[0]].size

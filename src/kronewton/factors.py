@@ -365,8 +365,8 @@ def _rotated_squares(stats: Statistics, U_A: Tensor, U_B: Tensor, sides: Sides) 
 
 
 def _in_basis(rows: Tensor, U: Tensor, structure: Structure) -> Tensor:
-    """Rows (…, V, N, S, d) in an eigenbasis."""
-    return structure.rotate_rows(rows.flatten(-4, -2), U).reshape(rows.shape)
+    """Rows (…, V, N, S, d) in an eigenbasis, which may be of before the model was cast."""
+    return structure.rotate_rows(rows.flatten(-4, -2), U.to(rows.dtype)).reshape(rows.shape)
 
 
 def rotated(s: Moment, old: Basis, new: Basis, sides: Sides = PLAIN) -> Moment:
@@ -374,8 +374,9 @@ def rotated(s: Moment, old: Basis, new: Basis, sides: Sides = PLAIN) -> Moment:
 
     Keeps the trace. Exact if only the eigenvalues have changed. A basis is U_A and U_B.
     """
-    half = sides.output.carry(s.total, old[1], new[1])
-    return Moment(sides.input.carry(half.mT, old[0], new[0]).mT, s.count)
+    old_A, old_B, new_A, new_B = (U.to(s.total.dtype) for U in (*old, *new))
+    half = sides.output.carry(s.total, old_B, new_B)
+    return Moment(sides.input.carry(half.mT, old_A, new_A).mT, s.count)
 
 
 def _sum(moments: Iterable[Moment]) -> Moment:
