@@ -40,9 +40,11 @@ class Batches:
     ) -> None:
         self.replayer, self.unwatched = replayer, unwatched
         self._earlier: deque[list[Part]] = deque(maxlen=earlier)
+        self._precision: set[tuple[torch.dtype, torch.device]] = set()  # of the model then
 
     def quadratic(self, parts: Sequence[Part]) -> QuadraticModel:
         """The quadratic model of the parts, with the curvature of the earlier batches, too."""
+        self._forget_what_is_cast()
         batches = [parts, *(b for b in self._earlier if all(map(rerunnable, b)))]
         terms = [
             Term(part.call, part.path, part.bridge, at.curvature(), part.weight / len(batches))
@@ -59,8 +61,18 @@ class Batches:
 
     def remember(self, parts: Sequence[Part]) -> None:
         """Keep a batch for the curvature of later steps, without its statistics."""
+        self._forget_what_is_cast()
         if self._earlier.maxlen:
             self._earlier.append([part.at(part.output) for part in parts])
+
+    def _forget_what_is_cast(self) -> None:
+        """Let go of earlier batches if the model was cast or moved since: it takes them no more."""
+        if not self._earlier.maxlen:
+            return
+        now = {(p.dtype, p.device) for p in self.replayer.originals}
+        if now != self._precision:
+            self.forget()
+        self._precision = now
 
     def forget(self) -> None:
         """Let go of the batches that `remember` kept: they are of another run."""
