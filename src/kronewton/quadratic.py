@@ -283,9 +283,8 @@ class QuadraticModel:
                 output, moving, u.to(output.dtype), retain_graph=True, materialize_grads=True
             )
         )
-        return flattened(
-            [next(found) if p.requires_grad else torch.zeros_like(p) for p in originals]
-        )
+        pulled = [next(found) if p.requires_grad else torch.zeros_like(p) for p in originals]
+        return flattened([t.to_dense() if t.is_sparse else t for t in pulled])
 
     def _forward(self, term: Term, direction: Vector) -> Tensor:
         """J v at the model's output, by torch's forward mode if the model has one."""
