@@ -369,7 +369,7 @@ def _number(name: str, value: Any, least: float, *, auto: bool = False, none: bo
     number = f"a number ≥ {least:g}"
     number += f" and ≤ {MOST:g}" if ok and value > MOST else ""
     allowed = [number, *(["'auto'"] if auto else []), *(["None"] if none else [])]
-    raise OptionError(f"{name} must be {' or '.join(allowed)}, not {_shown(value)}.")
+    raise OptionError(f"{name} must be {' or '.join(allowed)}, not {shown(value)}.")
 
 
 def _count(
@@ -380,7 +380,7 @@ def _count(
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or not least <= value <= most:
         above = f" and ≤ {most}" if whole and value > most else ""
-        raise OptionError(f"{name} must be a whole number ≥ {least}{above}, not {_shown(value)}.")
+        raise OptionError(f"{name} must be a whole number ≥ {least}{above}, not {shown(value)}.")
 
 
 def _share(name: str, value: Any, *, auto: bool = False) -> None:
@@ -391,7 +391,7 @@ def _share(name: str, value: Any, *, auto: bool = False) -> None:
 
 def _flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise OptionError(f"{name} must be True or False, not {_shown(value)}.")
+        raise OptionError(f"{name} must be True or False, not {shown(value)}.")
 
 
 def _choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
@@ -399,7 +399,7 @@ def _choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
         return
     if not any(_is(value, one) for one in allowed if one is not None):
         choices = ", ".join(map(repr, allowed))
-        raise OptionError(f"{name} must be one of {choices}, not {_shown(value)}.")
+        raise OptionError(f"{name} must be one of {choices}, not {shown(value)}.")
 
 
 def _is(value: Any, word: str) -> bool:
@@ -407,7 +407,7 @@ def _is(value: Any, word: str) -> bool:
     return isinstance(value, str) and value == word
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """The value as a sentence has it: on one line, and not longer than it can be read."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > LAST_SEED:
         return "a number of more than 64 bits"  # Python may refuse to print all its digits

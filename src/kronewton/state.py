@@ -7,6 +7,7 @@ the first one, as one float64 vector and one byte tensor.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from kronewton.errors import StateError
 from kronewton.layers import ENTRIES, TURNED, Layer
-from kronewton.options import BASES
+from kronewton.options import BASES, plain, shown
 from kronewton.structure import DENSE, DIAGONAL, side_of
 
 VERSION = 6
@@ -31,6 +32,7 @@ SCALARS = (
     "partial", "pace", "ceiling", "limit", "slope", "bend", "square", "paced", "look", "gap",
     "restless",
 )  # fmt: skip
+ADAMW = {"step", "exp_avg", "exp_avg_sq"}
 FACTORS = {"A_total", "A_count", "B_total", "B_count"}
 INVERSES = (  # by the fields of each kind
     {"A_inverse", "B_inverse"},
@@ -98,6 +100,7 @@ def split(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, dict
         mine = {k.removeprefix(PREFIX): v for k, v in entries.items() if k.startswith(PREFIX)}
         rest = {k: v for k, v in entries.items() if not k.startswith(PREFIX)}
         if mine:
+            _require_tensors(f"parameter {index}", mine)
             ours[index] = mine
         if rest:
             theirs[index] = rest
@@ -147,20 +150,27 @@ def require_same_shapes(
     name: str, p: Tensor, theirs: Mapping[str, Any], ours: Mapping[str, Tensor]
 ) -> None:
     """Raise StateError if what is saved of a parameter has another shape than it."""
-    for key, value in theirs.items():
-        if isinstance(value, Tensor) and value.dim() and value.shape != p.shape:
-            raise _of_another_model(f"{key!r}", value, f"parameter '{name}'", p.shape)
+    owner = f"parameter '{name}'"
+    moments = {k: v for k, v in theirs.items() if k in ADAMW}
+    _require_whole(owner, "moments", set(moments), [ADAMW])
+    for key, value in moments.items():
+        if key == "step":
+            _require_number(f"'step' of {owner}", value)
+        elif not isinstance(value, Tensor):
+            raise _no_tensor(key, value, owner)
+        elif value.shape != p.shape:
+            raise _of_another_model(f"{key!r}", value, owner, p.shape)
     for key, what in (("previous", "a step"), ("average", "an average")):
         found = ours.get(key)
         if found is not None and found.shape != p.shape:
-            raise _of_another_model(what, found, f"parameter '{name}'", p.shape)
+            raise _of_another_model(what, found, owner, p.shape)
 
 
-def require_same_basis(saved: str, own: str, allowed: Collection[str], owner: str) -> None:
+def require_same_basis(saved: Any, own: str, allowed: Collection[str], owner: str) -> None:
     """Raise StateError if a state was saved with a basis that its owner cannot go on with."""
-    if saved not in allowed:
+    if not isinstance(saved, str) or saved not in allowed:
         raise StateError(
-            f"the state_dict was saved with basis={saved!r} and this {owner} has {own!r}. Build it "
+            f"the state_dict was saved with basis={shown(saved)} and this {owner} has {own!r}. Build it "
             "with the basis that the state was saved with."
         )
 
@@ -177,18 +187,20 @@ def require_same_layers(
 
 
 def _require_same_layer(layer: Layer, kept: Mapping[str, Tensor], largest: int) -> None:
+    owner = f"layer '{layer.name}'"
+    _require_tensors(owner, kept)
     shape = layer.kind.matrix(layer, layer.parameters()).shape
     moments = {k.removeprefix("moments_") for k in kept if k.startswith("moments_")}
-    _require_whole(layer, "moments m, v and steps", moments, [{"m", "v", "steps"}])
+    _require_whole(owner, "moments m, v and steps", moments, [{"m", "v", "steps"}])
     inverse = {k.removeprefix("inverse_") for k in kept if k.startswith("inverse_")}
-    _require_whole(layer, "inverse", inverse, INVERSES)
+    _require_whole(owner, "inverse", inverse, INVERSES)
     for how in ("", TURNED, ENTRIES):
         own = {part for part in FACTORS if part + how in kept}
-        _require_whole(layer, "factors' totals and counts", own, [FACTORS])
+        _require_whole(owner, "factors' totals and counts", own, [FACTORS])
     for key in moments - {"steps"}:
         found = kept[f"moments_{key}"]
         if found.shape not in (shape, torch.Size((shape.numel(), 1))):
-            raise _of_another_model("a moment", found, f"layer '{layer.name}'", shape)
+            raise _of_another_model("a moment", found, owner, shape)
     d_out, d_in = shape[-2:]
     for key, tensor in kept.items():
         if not key.startswith(("A_total", "B_total")):
@@ -201,15 +213,31 @@ def _require_same_layer(layer: Layer, kept: Mapping[str, Tensor], largest: int) 
         allowed = [s.stored(d) for s in (DENSE, DIAGONAL, side_of(d, other, largest))]
         if tensor.shape not in [torch.Size((*shape[:-2], *one)) for one in allowed]:
             wanted = torch.Size((*shape[:-2], *allowed[0]))
-            raise _of_another_model("a factor", tensor, f"layer '{layer.name}'", wanted)
+            raise _of_another_model("a factor", tensor, owner, wanted)
 
 
-def _require_whole(layer: Layer, what: str, found: set[str], allowed: Sequence[set[str]]) -> None:
-    """Raise StateError if there is something of a layer, and not all that belongs to it."""
+def _require_tensors(owner: str, kept: Mapping[str, Any]) -> None:
+    """Raise StateError if something that was saved is no tensor of real numbers."""
+    for key, found in kept.items():
+        if not isinstance(found, Tensor) or found.is_complex():
+            raise _no_tensor(key, found, owner)
+
+
+def _require_number(what: str, value: Any) -> None:
+    number = plain(value)
+    if not isinstance(number, (int, float)) or not 0 <= number <= sys.float_info.max:
+        raise StateError(
+            f"the state_dict has {shown(value)} for {what}, which is a finite number ≥ 0: it is "
+            "damaged. Load another checkpoint, or start afresh."
+        )
+
+
+def _require_whole(owner: str, what: str, found: set[str], allowed: Sequence[set[str]]) -> None:
+    """Raise StateError if there is something of this kind, and not all that belongs to it."""
     if found and found not in allowed:
         raise StateError(
-            f"the state_dict holds only {', '.join(sorted(found))} of the {what} "
-            f"of layer '{layer.name}': it is damaged. Load another checkpoint, or start afresh."
+            f"the state_dict holds only {', '.join(sorted(found))} of the {what} of {owner}: it is "
+            "damaged. Load another checkpoint, or start afresh."
         )
 
 
@@ -221,13 +249,19 @@ def require_preconditioners(
     kept = entries.get("layers")
     tables = isinstance(kept, Mapping) and all(isinstance(t, Mapping) for t in kept.values())
     complete = tables and set(entries) >= _PRECONDITIONERS
-    if entries.get("version") != PRECONDITIONER_VERSION or not complete:
+    version = entries.get("version")
+    if not isinstance(version, int) or version != PRECONDITIONER_VERSION or not complete:
         raise StateError(
             "load_state_dict was given something that is not a state_dict of this version's "
             f"Preconditioner (format {PRECONDITIONER_VERSION}). Pass what "
             "preconditioner.state_dict() returned, with the version of kronewton that wrote it."
         )
     require_same_basis(entries["basis"], basis, (basis,), "Preconditioner")
+    for key in ("steps", "skipped", "capturing", "scale", "largest"):
+        _require_number(f"{key!r}", entries[key])
+    generator = entries["generator"]
+    if not isinstance(generator, Tensor) or generator.dtype != torch.uint8:
+        raise _no_tensor("generator", generator, "the random draws")
     strange = [name for name in entries["layers"] if name not in layers]
     if strange:
         raise StateError(
@@ -235,6 +269,13 @@ def require_preconditioners(
             "such layer: it was saved for another model. Load the state of this model."
         )
     require_same_layers(layers.values(), entries["layers"], largest)
+
+
+def _no_tensor(key: str, found: Any, owner: str) -> StateError:
+    return StateError(
+        f"the state_dict has {shown(found)} for {key!r} of {owner}, where a tensor of another kind "
+        "belongs: it is damaged. Load another checkpoint, or start afresh."
+    )
 
 
 def _of_another_model(what: str, saved: Tensor, owner: str, wanted: torch.Size) -> StateError:
