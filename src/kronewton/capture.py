@@ -461,8 +461,12 @@ class Watcher:
             weights = part.curvature().weights
         with self.paused():  # checkpointed layers run again in here
             T = folded(calls, output) if part.batched else 0
+            start = None if part.call is not None else self.fisher.drawn
             drawn = self.fisher.cotangents(part.curvature(), T)
-            return self.file(part, calls, output, drawn, weights)
+            found = self.file(part, calls, output, drawn, weights)
+        if not found and start is not None:  # another model's output
+            self.fisher.undo(start)
+        return found
 
     def file(
         self,

@@ -28,6 +28,16 @@ class Fisher:
             self.generator = torch.Generator(device).manual_seed(seed)
         return self.generator
 
+    @property
+    def drawn(self) -> tuple[torch.Generator, Tensor]:
+        """How far the draws have come."""
+        return self.generator, self.generator.get_state()
+
+    def undo(self, drawn: tuple[torch.Generator, Tensor]) -> None:
+        """Go on as if nothing had been drawn since."""
+        self.generator, state = drawn
+        self.generator.set_state(state)
+
     def resume(self, state: Tensor, device: torch.device) -> None:
         """Go on drawing where a saved generator was; another kind of device's starts anew."""
         generator = self._on(device)

@@ -216,6 +216,7 @@ class KFAC(Optimizer):
         if all(p.grad is None for p in self._all):
             if self._watcher is not None and self._watcher.foreign:
                 self._collected(self._watcher)
+            self._watched.say_what_is_new()
             return loss
         for group in self.param_groups:  # schedulers and users change them between steps
             check_group(group)

@@ -135,6 +135,11 @@ class Watched:
             say(of_unseen(layers, {layer_of(term) for term in seen}, owner.name))
             say(of_new(self.model, self.known, owner))
 
+    def say_what_is_new(self) -> None:
+        """Say which parameters came later, where no other has a gradient."""
+        if self.model is not None and self.watcher is not None and self.watcher.pending:
+            self.concerns.say_all(of_new(self.model, self.known, self.owner))
+
     # How the curvature is applied.
 
     def gradients(self) -> list[Tensor]:
