@@ -387,6 +387,11 @@ class Watcher:
         """Take statistics for a loss that no watched criterion was called for."""
         check(criterion, output, *targets)
         check_values(criterion, output, *targets)
+        if not output.requires_grad:
+            raise CriterionError(
+                "observe() was given an output that does not require a gradient: it was computed "
+                "under no_grad(), or all that leads to it is frozen. Leave it out there."
+            )
         with self.paused(), torch.enable_grad():
             inner = output.detach().requires_grad_()
             loss = criterion(inner, *targets)

@@ -15,7 +15,7 @@ from kronewton.capture import Watcher
 from kronewton.concerns import NO_CURVATURE, NOT_FINITE, Owner
 from kronewton.coverage import Coverage
 from kronewton.curvature import due, due_in_turn
-from kronewton.errors import ModelError
+from kronewton.errors import ModelError, OptionError
 from kronewton.layers.base import at_least_float32
 from kronewton.linalg import all_finite
 from kronewton.options import AUTO, LARGEST_SIDE, PreconditionerOptions, check_criteria
@@ -146,8 +146,11 @@ class Preconditioner:
         Statistics of gradients that were thrown away are thrown away with them.
         Raises CriterionError if gradients do not come from the criterion, SkippedError.
         """
+        if scaler is not None:
+            _require_scaler(scaler)
         watched, watcher = self._watched, self._watcher
         if not (watched.moves(watcher) or watcher.foreign):
+            watched.say_what_is_new()
             return
         watched.concerns.just_skipped = False
         parts = watched.collected(watcher, 1.0 if scaler is None else scaler.get_scale())
@@ -275,7 +278,8 @@ class Preconditioner:
 
     def _throw_away(self) -> None:
         """Leave the optimizer nothing to step with: zeros would still move it by its momentum."""
-        for p in self._watched.all:
+        assert self._watched.model is not None
+        for p in (*self._watched.all, *self._watched.model.parameters()):  # some came later
             p.grad = None
 
     def _start_afresh(self) -> None:
@@ -354,6 +358,14 @@ class Preconditioner:
     def close(self) -> None:
         """Remove every hook. It cannot be used afterwards."""
         self._watched.close()
+
+
+def _require_scaler(given: Any) -> None:
+    if not callable(getattr(given, "get_scale", None)):
+        raise OptionError(
+            f"step() was given {type(given).__name__}; a GradScaler or nothing is allowed. A "
+            "closure is for the optimizer that follows, and may call step() after its backward()."
+        )
 
 
 def _dot(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
