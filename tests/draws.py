@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import io
 import math
@@ -9,7 +10,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
 
 import kronewton as kn
-from kronewton.errors import KronewtonError, KronewtonWarning
+from kronewton.errors import KronewtonError, KronewtonWarning, SkippedError
+from kronewton.options import CurvatureOptions
 
 HOUSE = str(Path(kn.__file__).parent)
 
@@ -84,14 +87,24 @@ VALID: dict[str, tuple[Any, ...]] = {
     "most_skips": (0, 1, 50, 2**62),
     "averaging": (0.0, 0.5, 1 - 1e-16),
 }
+OF_PRECONDITIONER: dict[str, tuple[Any, ...]] = {
+    **{field.name: VALID[field.name] for field in fields(CurvatureOptions)},
+    "grafting": ("layer", "global", None),
+    "trust_region": (*["auto", None] * 5, *RATES),  # numbers need grafting=None
+}
 LOOPED = ("refine", "draws", "curvature_batches")  # a huge one is allowed, and takes for ever
-options = st.dictionaries(st.sampled_from(sorted(VALID)), st.integers(0, 10**6), max_size=4).map(
-    lambda found: {name: VALID[name][i % len(VALID[name])] for name, i in found.items()}
-)
-strange = st.one_of(
-    *[st.none()] * 9,
-    st.tuples(st.sampled_from(sorted(VALID)), st.integers(0, len(STRANGE) - 1)),
-)
+
+
+def options(valid: dict[str, tuple[Any, ...]]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.dictionaries(st.sampled_from(sorted(valid)), st.integers(0, 10**6), max_size=4).map(
+        lambda found: {name: valid[name][i % len(valid[name])] for name, i in found.items()}
+    )
+
+
+def strange(valid: dict[str, tuple[Any, ...]]) -> st.SearchStrategy[tuple[str, int] | None]:
+    found = st.tuples(st.sampled_from(sorted(valid)), st.integers(0, len(STRANGE) - 1))
+    return st.one_of(*[st.none()] * 9, found)
+
 
 # Models, each with its inputs and targets.
 
@@ -147,8 +160,8 @@ def tokens(n: int) -> Tensor:
     return torch.randint(0, 5, (n, 3))
 
 
-def words() -> nn.Module:
-    return nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 5))
+def words(sparse: bool = False) -> nn.Module:
+    return nn.Sequential(nn.Embedding(5, 4, sparse=sparse), nn.Flatten(), nn.Linear(12, 5))
 
 
 @dataclass(frozen=True)
@@ -164,6 +177,7 @@ KINDS = {
     "mlp": Kind(mlp),
     "conv": Kind(conv),
     "embedding": Kind(words, tokens),
+    "sparse": Kind(lambda: words(sparse=True), tokens),
     "attention": Kind(Attends, lambda n: torch.randn(n, 3, 4)),
     "tied": Kind(Tied, tokens, (3,)),
     "lone": Kind(Lone),
@@ -203,24 +217,68 @@ def mostly(common: list[str], rare: list[str]) -> st.SearchStrategy[str]:
     return st.sampled_from(common * OFTEN + rare)
 
 
+OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {
+    "SGD": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "Nesterov": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, nesterov=True, foreach=True),
+    "AdamW": lambda ps: torch.optim.AdamW(ps, lr=0.01),
+    "Adam": lambda ps: torch.optim.Adam(ps, lr=0.01, amsgrad=True, maximize=True),
+    "RMSprop": lambda ps: torch.optim.RMSprop(ps, lr=0.01),
+    "Adagrad": lambda ps: torch.optim.Adagrad(ps, lr=0.1),
+    "two groups": lambda ps: torch.optim.NAdam([{"params": ps[:1], "lr": 0.1}, {"params": ps[1:]}]),
+    "some": lambda ps: torch.optim.SGD(ps[-2:], lr=0.1),
+}
+if hasattr(torch.optim, "Muon"):
+    OPTIMIZERS["Muon"] = lambda ps: torch.optim.Muon([p for p in ps if p.dim() == 2], 0.02)
+
+
 class UsersOwn(Exception):
     """What the model, the criterion or autograd raised at the user's own call."""
 
 
-class World:
-    """A model and its optimizer, and what is done with them."""
+class Noticed(AssertionError):
+    """What must not be."""
+
+
+def require(holds: bool, what: str) -> None:
+    if not holds:
+        raise Noticed(what)
+
+
+class World(abc.ABC):
+    """A model, what watches it (`ours`), the optimizer that moves it, and what is done with them.
+
+    steps: how many have moved a weight.
+    """
 
     def __init__(self, drawn: Drawn) -> None:
         torch.manual_seed(drawn.seed)
-        self.drawn, self.kind = drawn, KINDS[drawn.model]
+        self.drawn, self.kind, self.steps = drawn, KINDS[drawn.model], 0
         self.model, self.criterion = self.kind.make(), CRITERIA[drawn.criterion]()
-        self.dtype, self.closed = torch.float32, False
-        self.optimizer = self.made(self.model, self.criterion)
+        self.dtype = torch.float32
+        self.ours, self.optimizer = self.made(self.model, self.criterion)
 
-    def made(self, model: nn.Module, criterion: Any) -> kn.KFAC:
-        given = GIVEN[self.drawn.given](model)
-        whole = model if self.drawn.with_model else None
-        return kn.KFAC(given, criterion, model=whole, **self.drawn.all_options())
+    @abc.abstractmethod
+    def made(self, model: nn.Module, criterion: Any) -> tuple[Any, Optimizer]:
+        """What watches the model, and the optimizer."""
+
+    @abc.abstractmethod
+    def make_step(self, closure: Callable[[], Any] | None) -> None:
+        """All that a step is."""
+
+    @abc.abstractmethod
+    def scaled_step(self, scaler: torch.amp.GradScaler, n: int) -> None:
+        """The same with a GradScaler."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        before = self.weights()
+        self.make_step(closure)
+        self.steps += not self.same(before)
+
+    def weights(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.model.parameters()]
+
+    def same(self, before: list[Tensor]) -> bool:
+        return all(_equal(p, q) for p, q in zip(self.model.parameters(), before, strict=True))
 
     def batch(self, n: int) -> tuple[Tensor, Tensor]:
         x = self.kind.x(n)
@@ -243,7 +301,7 @@ class World:
         """What is raised inside is the user's matter, unless it comes from our code."""
         try:
             yield
-        except KronewtonError:
+        except (KronewtonError, UsersOwn, Noticed):
             raise
         except Exception as error:
             if _ours(error):
@@ -257,15 +315,92 @@ class World:
                 loss.backward(retain_graph=turn + 1 < times)
         return loss.detach()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
-        """step(), which changes nothing if it raises."""
-        before = [p.detach().clone() for p in self.model.parameters()]
+
+class Alone(World):
+    """KFAC, whose step changes nothing if it raises."""
+
+    ours: kn.KFAC
+
+    def made(self, model: nn.Module, criterion: Any) -> tuple[kn.KFAC, kn.KFAC]:
+        given = GIVEN[self.drawn.given](model)
+        whole = model if self.drawn.with_model else None
+        made = kn.KFAC(given, criterion, model=whole, **self.drawn.all_options())
+        return made, made
+
+    def scaled_step(self, scaler: torch.amp.GradScaler, n: int) -> None:
+        scaler.step(self.optimizer)
+        scaler.update()
+
+    def make_step(self, closure: Callable[[], Any] | None) -> None:
+        before = self.weights()
         try:
             self.optimizer.step(closure)
         except Exception:
-            now = self.model.parameters()
-            assert all(p.equal(q) for p, q in zip(now, before, strict=True)), "moved, and raised"
+            require(self.same(before), "moved, and raised")
             raise
+
+
+class InFront(World):
+    """Preconditioner, which moves nothing, in front of an optimizer."""
+
+    ours: kn.Preconditioner
+
+    def made(self, model: nn.Module, criterion: Any) -> tuple[kn.Preconditioner, Optimizer]:
+        given = GIVEN[self.drawn.given](model)
+        made = kn.Preconditioner(given, criterion, **self.drawn.all_options())
+        return made, OPTIMIZERS[self.drawn.behind](list(model.parameters()))
+
+    def precondition(self, *scaler: Any) -> None:
+        """Gradients that any optimizer can go on with, or as they were if something is raised."""
+        before, raw = self.weights(), self.gradients()
+        try:
+            self.ours.step(*scaler)
+        except Exception as error:
+            now = zip(self.gradients(), raw, strict=True)
+            unchanged = isinstance(error, SkippedError) or all(_equal(a, b) for a, b in now)
+            require(unchanged, "changed gradients, and raised")
+            raise
+        finally:
+            require(self.same(before), "moved a weight")
+        require(self.sound(), "left gradients that are not finite")
+
+    def scaled_step(self, scaler: torch.amp.GradScaler, n: int) -> None:
+        """As the page has it, or without its first line, or without the scaler."""
+        with self.own():
+            if n % 3:
+                scaler.unscale_(self.optimizer)
+        self.precondition(*[scaler] if n % 5 else [])
+        with self.own():
+            scaler.step(self.optimizer)
+            scaler.update()
+
+    def gradients(self) -> list[Tensor | None]:
+        grads = [p.grad for p in self.model.parameters()]
+        return [None if g is None else g.detach().to_dense().clone() for g in grads]
+
+    def sound(self) -> bool:
+        """Whether all gradients are finite, and their squares."""
+        grads = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in self.gradients()
+                 if g is not None]  # fmt: skip
+        return all(bool(torch.isfinite(g.square().sum())) for g in grads)
+
+    def make_step(self, closure: Callable[[], Any] | None) -> None:
+        if closure is None:
+            self.precondition()
+
+        def whole() -> Any:
+            loss = closure() if closure is not None else None
+            self.precondition()
+            return loss
+
+        with self.own():
+            self.optimizer.step() if closure is None else self.optimizer.step(whole)
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def _ours(error: BaseException) -> bool:
@@ -277,11 +412,12 @@ def _ours(error: BaseException) -> bool:
     return any(file.startswith(HOUSE) and not file.endswith("recording.py") for file in files)
 
 
-Op = Callable[[World, int], None]
+Op = Callable[[Any, int], None]
 OPS: dict[str, Op] = {}
 
 
 def op(function: Op) -> Op:
+    """Add what is called of the worlds that `w` is annotated with."""
     OPS[function.__name__] = function
     return function
 
@@ -336,7 +472,7 @@ def accumulate(w: World, n: int) -> None:
 
 @op
 def zero_grad(w: World, n: int) -> None:
-    w.optimizer.zero_grad(set_to_none=bool(n % 2))
+    (w.model if n % 5 == 0 else w.optimizer).zero_grad(set_to_none=bool(n % 2))
     if n % 3 == 0:
         w.step()
 
@@ -366,42 +502,67 @@ def eval_and_train(w: World, n: int) -> None:
 
 @op
 def resume(w: World, n: int) -> None:
+    saved = [w.model.state_dict(), w.ours.state_dict(), w.optimizer.state_dict()]
     stream = io.BytesIO()
-    torch.save({"m": w.model.state_dict(), "o": w.optimizer.state_dict()}, stream)
+    torch.save(saved, stream)
     stream.seek(0)
     saved = torch.load(stream, weights_only=True)
-    model = w.kind.make().to(w.dtype)
-    criterion = CRITERIA[w.drawn.criterion]()
-    model.load_state_dict(saved["m"])
-    optimizer = w.made(model, criterion)
-    optimizer.load_state_dict(saved["o"])
-    w.model, w.criterion, w.optimizer = model, criterion, optimizer
+    model, criterion = w.kind.make().to(w.dtype), CRITERIA[w.drawn.criterion]()
+    with w.own():  # the model may have got another parameter
+        model.load_state_dict(saved[0])
+    ours, optimizer = w.made(model, criterion)
+    ours.load_state_dict(saved[1])
+    if optimizer is not ours:
+        with w.own():
+            optimizer.load_state_dict(saved[2])
+    w.model, w.criterion, w.ours, w.optimizer = model, criterion, ours, optimizer
 
 
 @op
 def load_what_it_is_not(w: World, n: int) -> None:
-    other = kn.KFAC(nn.Linear(2, 2), nn.MSELoss()).state_dict()
-    own = w.optimizer.state_dict()
+    other = type(w.ours)(nn.Linear(2, 2), nn.MSELoss()).state_dict()
+    own = w.ours.state_dict()
     states: list[Any] = [other, {}, None, {"state": {}, "param_groups": []}, {**own, "state": {}}]
-    w.optimizer.load_state_dict(states[n % len(states)])
+    w.ours.load_state_dict(states[n % len(states)])
+
+
+@op
+def load_what_is_damaged(w: World, n: int) -> None:
+    own = copy.deepcopy(w.ours.state_dict())
+    within: Any = own
+    while n % 3 and isinstance(within[key := sorted(within, key=str)[n % len(within)]], dict):
+        if not within[key]:
+            return
+        within = within[key]
+    within[sorted(within, key=str)[n % len(within)]] = STRANGE[n % len(STRANGE)]()
+    w.ours.load_state_dict(own)
 
 
 @op
 def copied(w: World, n: int) -> None:
-    together = (w.model, w.criterion, w.optimizer)
-    if n % 2:
-        w.model, w.criterion, w.optimizer = copy.deepcopy(together)
-    else:
-        w.model, w.criterion, w.optimizer = pickle.loads(pickle.dumps(together))
+    together = (w.model, w.criterion, w.ours, w.optimizer)
+    made = copy.deepcopy(together) if n % 2 else pickle.loads(pickle.dumps(together))
+    w.model, w.criterion, w.ours, w.optimizer = made
 
 
 @op
-def add_group(w: World, n: int) -> None:
+def add_group(w: Alone, n: int) -> None:
     new = nn.Parameter(torch.ones(2))
     groups: list[Any] = [{"params": [new]}, {"params": new, "lr": 0.1}, {"params": []}, {}, None]
     w.optimizer.add_param_group(groups[n % len(groups)])
     new.grad = torch.ones(2)
     w.step()
+
+
+@op
+def add_to_the_one_behind(w: InFront, n: int) -> None:
+    new = nn.Parameter(torch.ones(2))
+    if n % 2:
+        w.model.register_parameter(f"new{n}", new)
+    with w.own():
+        w.optimizer.add_param_group({"params": [new]})
+    new.grad = torch.full((2,), math.nan if n % 3 == 0 else 1.0)
+    train(w, n)
 
 
 @op
@@ -412,14 +573,14 @@ def freeze(w: World, n: int) -> None:
 
 
 @op
-def change_lr(w: World, n: int) -> None:
+def change_lr(w: Alone, n: int) -> None:
     group = w.optimizer.param_groups[n % len(w.optimizer.param_groups)]
     rates: list[Any] = [0.0, 1e-3, 3.0, 1, torch.tensor(0.1), 1e300, -1.0, math.nan, "fast", None]
     group[("lr", "weight_decay")[n % 3 == 0]] = rates[n % len(rates)]
 
 
 @op
-def evaluate_averaged(w: World, n: int) -> None:
+def evaluate_averaged(w: Alone, n: int) -> None:
     with w.optimizer.averaged():
         forward_only(w, n)
         if n % 3 == 0:
@@ -433,7 +594,7 @@ def observe(w: World, n: int) -> None:
         output = w.model(x)
         loss = nn.functional.cross_entropy(output, y)
     targets: list[Any] = [y, (y,), y[:1], None]
-    w.optimizer.observe(output, targets[n % len(targets)], nn.CrossEntropyLoss())
+    w.ours.observe(output, targets[n % len(targets)], nn.CrossEntropyLoss())
     with w.own():
         loss.backward()
     w.step()
@@ -441,10 +602,10 @@ def observe(w: World, n: int) -> None:
 
 @op
 def ask(w: World, n: int) -> None:
-    str(w.optimizer.coverage())
-    w.optimizer.diagnostics()
-    repr(w.optimizer)
-    w.optimizer.state_dict()
+    str(w.ours.coverage())
+    w.ours.diagnostics()
+    repr(w.ours)
+    w.ours.state_dict()
 
 
 @op
@@ -497,7 +658,8 @@ def grads_by_hand(w: World, n: int) -> None:
 def clip(w: World, n: int) -> None:
     w.optimizer.zero_grad()
     w.backward(*w.batch(3))
-    nn.utils.clip_grad_norm_(w.model.parameters(), 0.1)
+    with w.own():  # it takes no sparse gradients
+        nn.utils.clip_grad_norm_(w.model.parameters(), 0.1)
     w.step()
 
 
@@ -520,8 +682,7 @@ def scaled(w: World, n: int) -> None:
     with w.own():
         scaler.scale(w.loss(*w.batch(3))).backward()
     if any(p.grad is not None for g in w.optimizer.param_groups for p in g["params"]):
-        scaler.step(w.optimizer)
-        scaler.update()
+        w.scaled_step(scaler, n)
 
 
 @op
@@ -541,21 +702,68 @@ def another_parameter(w: World, n: int) -> None:
 
 @op
 def close(w: World, n: int) -> None:
-    w.optimizer.close()
+    w.ours.close()
 
 
-RARE = {"change_lr", "another_parameter", "close", "add_group", "load_what_it_is_not"}
-OFTEN_OPS = [name for name in OPS if name not in RARE]
-ops = st.tuples(st.sampled_from(OFTEN_OPS * 2 + sorted(RARE)), st.integers(0, 59))
+@op
+def clip_what_was_preconditioned(w: InFront, n: int) -> None:
+    w.optimizer.zero_grad()
+    w.backward(*w.batch(3))
+    w.precondition()
+    nn.utils.clip_grad_norm_(w.model.parameters(), 0.1)
+    with w.own():
+        w.optimizer.step()
+
+
+@op
+def precondition_twice(w: InFront, n: int) -> None:
+    w.backward(*w.batch(1 + n % 3))
+    w.precondition()
+    if n % 2:
+        w.backward(*w.batch(2))
+    w.step()
+
+
+@op
+def the_one_behind_first(w: InFront, n: int) -> None:
+    if n % 2:
+        w.backward(*w.batch(2))
+    if w.sound():  # or what comes of it is no fault of ours
+        with w.own():
+            w.optimizer.step()
+    w.precondition()
+
+
+@op
+def strange_scaler(w: InFront, n: int) -> None:
+    w.backward(*w.batch(2))
+    w.precondition(STRANGE[n % len(STRANGE)]())
+
+
+RARE = {"change_lr", "another_parameter", "close", "add_group", "load_what_it_is_not",
+        "load_what_is_damaged", "add_to_the_one_behind", "strange_scaler"}  # fmt: skip
+
+
+def calls(kind: type[World]) -> st.SearchStrategy[list[tuple[str, int]]]:
+    of = ("World", kind.__name__)
+    names = [name for name, function in OPS.items() if function.__annotations__["w"] in of]
+    often = [name for name in names if name not in RARE]
+    drawn = st.sampled_from(often * 2 + sorted(set(names) & RARE))
+    drawn_ones = st.lists(st.tuples(drawn, st.integers(0, 59)), min_size=1, max_size=9)
+    return st.one_of(drawn_ones, drawn_ones.map(lambda later: [("train", len(later)), *later]))
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One draw: what is made, with which options, and what is called."""
+    """One draw: what is made, with which options, and what is called.
+
+    behind: the optimizer behind a Preconditioner, or "" for KFAC.
+    """
 
     model: str
     criterion: str
     given: str
+    behind: str
     with_model: bool
     options: dict[str, Any]
     strange: tuple[str, int] | None
@@ -572,39 +780,50 @@ class Drawn:
         return found
 
 
-draws = st.builds(
-    Drawn,
-    model=st.sampled_from(sorted(KINDS)),
-    criterion=mostly(["classes", "classes", "classes, summed", "squares", "nothing", "two"],
-                     ["unreduced", "function", "word", "a list with None", "class"]),
-    given=mostly(["model", "model", "model", "groups", "names", "parameters"],
-                 ["list", "strange group", "numbers", "none", "empty", "table", "tensor"]),
-    with_model=st.booleans(),
-    options=options,
-    strange=strange,
-    calls=st.lists(ops, min_size=1, max_size=9),
-    seed=st.integers(0, 99),
-)  # fmt: skip
+def drawn(
+    kind: type[World], valid: dict[str, tuple[Any, ...]], given: list[str], behind: list[str]
+) -> st.SearchStrategy[Drawn]:
+    return st.builds(
+        Drawn,
+        model=st.sampled_from(sorted(KINDS)),
+        criterion=mostly(["classes", "classes", "classes, summed", "squares", "nothing", "two"],
+                         ["unreduced", "function", "word", "a list with None", "class"]),
+        given=mostly(given, sorted(set(GIVEN) - set(given))),
+        behind=st.sampled_from(behind),
+        with_model=st.booleans(),
+        options=options(valid),
+        strange=strange(valid),
+        calls=calls(kind),
+        seed=st.integers(0, 99),
+    )  # fmt: skip
+
+
+OF_KFAC = ["model", "model", "model", "groups", "names", "parameters"]
+of_kfac = drawn(Alone, VALID, OF_KFAC, [""])
+of_preconditioner = drawn(InFront, OF_PRECONDITIONER, ["model"] * 6, sorted(OPTIMIZERS))
 
 
 def require_a_sentence(error: KronewtonError) -> None:
     """Long enough to say what was given and what is allowed, in one line."""
     text = str(error)
-    assert text.endswith("."), text
-    assert len(text.split()) > 5, text
-    assert "\n" not in text, text
+    require(text.endswith("."), text)
+    require(len(text.split()) > 5, text)
+    require("\n" not in text, text)
 
 
-def play(drawn: Drawn, make: Callable[[Drawn], World] = World) -> None:
-    """Make what was drawn and call it, each call whatever came of the one before."""
+def play(drawn: Drawn) -> int:
+    """Make what was drawn and call it, each call whatever came of the one before.
+
+    How many steps have moved a weight.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KronewtonWarning)
         warnings.simplefilter("ignore", UserWarning)
         try:
-            world = make(drawn)
+            world = InFront(drawn) if drawn.behind else Alone(drawn)
         except KronewtonError as error:
             require_a_sentence(error)
-            return
+            return 0
         for name, n in drawn.calls:
             try:
                 OPS[name](world, n)
@@ -613,4 +832,5 @@ def play(drawn: Drawn, make: Callable[[Drawn], World] = World) -> None:
             except UsersOwn:
                 pass
             finite = [bool(torch.isfinite(p).all()) for p in world.model.parameters()]
-            assert all(finite), f"after {name}, {n}"
+            require(all(finite), f"after {name}, {n}")
+        return world.steps

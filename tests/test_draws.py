@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,11 +13,19 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
-from draws import Drawn, World, draws, play
-from kronewton import KFAC
-from kronewton.errors import KronewtonWarning, ModelError, OptionError
+from draws import Drawn, of_kfac, of_preconditioner, play
+from kronewton import KFAC, Preconditioner
+from kronewton.errors import (
+    CriterionError,
+    KronewtonWarning,
+    ModelError,
+    OptionError,
+    StateError,
+)
 
-SOME, MANY = 500, 10_000
+BOTH = pytest.mark.parametrize("kind", ["KFAC", "Preconditioner"])
+DRAWS = {"KFAC": (of_kfac, 250), "Preconditioner": (of_preconditioner, 250)}
+MANY = 10_000
 any_time = settings(
     deadline=None,
     database=None,
@@ -23,49 +33,46 @@ any_time = settings(
 )
 
 
-@settings(any_time, max_examples=SOME, derandomize=True)
-@given(draws)
-def test_a_clear_error_or_a_finite_step(drawn: Drawn) -> None:
-    play(drawn)
+def each(kind: str, how: settings, what: Callable[[Drawn], object]) -> None:
+    """Do it with each draw."""
+
+    @settings(how)
+    @given(DRAWS[kind][0])
+    def run(one: Drawn) -> None:
+        what(one)
+
+    run()
+
+
+@BOTH
+def test_a_clear_error_or_a_finite_step(kind: str) -> None:
+    each(kind, settings(any_time, max_examples=DRAWS[kind][1], derandomize=True), play)
 
 
 @pytest.mark.slow
-@settings(any_time, max_examples=MANY)
-@given(draws)
-def test_a_clear_error_or_a_finite_step_ten_thousand_times(drawn: Drawn) -> None:
-    play(drawn)
+@BOTH
+def test_a_clear_error_or_a_finite_step_ten_thousand_times(kind: str) -> None:
+    each(kind, settings(any_time, max_examples=MANY), play)
 
 
 def drawn(*calls: tuple[str, int], **changed: Any) -> Drawn:
     """A plain draw, with some of it changed."""
     plain = {"model": "mlp", "criterion": "classes", "given": "model", "with_model": False,
-             "options": {}, "strange": None, "calls": list(calls), "seed": 0}  # fmt: skip
+             "behind": "", "options": {}, "strange": None, "calls": list(calls),
+             "seed": 0}  # fmt: skip
     return Drawn(**{**plain, **changed})
 
 
-def test_most_draws_reach_a_step() -> None:
-    steps: list[int] = []
-
-    class Counting(World):
-        def step(self, closure: Any = None) -> None:
-            steps.append(1)
-            super().step(closure)
-
-    made: list[int] = []
-
-    @settings(any_time, max_examples=100, derandomize=True)
-    @given(draws)
-    def count(one: Drawn) -> None:
-        before = len(steps)
-        play(one, Counting)
-        made.append(len(steps) > before)
-
-    count()
+@BOTH
+def test_most_draws_reach_a_step(kind: str) -> None:
+    made: list[bool] = []
+    how = settings(any_time, max_examples=100, derandomize=True)
+    each(kind, how, lambda one: made.append(play(one) > 0))
     assert sum(made) > 0.4 * len(made)
 
 
 @pytest.mark.parametrize("fault", ["raised", "moved", "not finite"])
-def test_a_draw_notices(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_draw_of_kfac_notices(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: KFAC, closure: Any = None) -> None:
         if fault != "raised":
             with torch.no_grad():
@@ -78,6 +85,37 @@ def test_a_draw_notices(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     said = {"raised": "torch's", "moved": "moved, and raised", "not finite": "after train"}
     with pytest.raises(error, match=said[fault]):
         play(drawn(("train", 1)))
+
+
+@pytest.mark.parametrize("fault", ["raised", "moved", "changed", "left", "not finite"])
+def test_a_draw_of_preconditioner_notices(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    @torch.no_grad()
+    def broken(self: Preconditioner, scaler: Any = None) -> None:
+        p = next(self._watched.model.parameters())
+        if fault == "raised":
+            raise RuntimeError("torch's")
+        if fault == "moved":
+            p.mul_(2)
+        elif fault == "changed":
+            p.grad.mul_(2)
+            raise OptionError("a sentence.")
+        elif fault == "left":
+            p.grad.fill_(1e30)
+
+    error: Any = RuntimeError if fault == "raised" else AssertionError
+    said = {"raised": "torch's", "moved": "moved a weight", "changed": "changed gradients, and",
+            "left": "left gradients", "not finite": "after train"}  # fmt: skip
+    if fault == "not finite":
+        monkeypatch.setattr(torch.optim.SGD, "step", lambda self: spoil(self))
+    else:
+        monkeypatch.setattr(Preconditioner, "step", broken)
+    with pytest.raises(error, match=said[fault]):
+        play(drawn(("train", 1), behind="SGD"))
+
+
+@torch.no_grad()
+def spoil(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.param_groups[0]["params"][0].fill_(math.nan)
 
 
 # What the draws have found.
@@ -220,3 +258,140 @@ def test_the_state_of_a_model_with_another_parameter_is_refused():
     training.model.weight = nn.Parameter(torch.ones(2, 3))
     with pytest.raises(ModelError, match=r"'weight' of layer .* is another parameter than when"):
         training.optimizer.state_dict()
+
+
+class Tied(nn.Module):
+    """W x, or W'x if `turned`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.turned = nn.Linear(3, 4, bias=False), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x @ self.table.weight if self.turned else self.table(x)
+        return y
+
+
+@pytest.mark.parametrize("basis", ["factored", "eigen", "corrected", "adam"])
+def test_a_model_that_is_cast_between_two_uses_of_a_weight(basis):
+    torch.manual_seed(0)
+    model, criterion = Tied(), nn.MSELoss()
+    optimizer = KFAC(model, criterion, basis=basis, factor_every=1, inverse_every=1)
+    for turned, dtype in ((False, torch.float32), (True, torch.float64)):
+        model.to(dtype)
+        model.turned = turned
+        for _ in range(2):
+            optimizer.zero_grad()
+            output = model(torch.randn(5, 4 if turned else 3, dtype=dtype))
+            before = model.table.weight.detach().clone()
+            criterion(output, torch.ones_like(output)).backward()
+            optimizer.step()
+            assert not model.table.weight.equal(before)
+    kept = optimizer._curvature.tensors("table")
+    assert kept["A_total"].dtype == torch.float32
+    assert kept["A_total (turned)"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_corrected_eigenvalues_follow_a_model_that_is_cast(dtypes, fisher):
+    every = {"factor_every": 1, "inverse_every": 3}
+    training = Training(basis="corrected", fisher=fisher, **every)
+    for dtype in dtypes:
+        training.model.to(dtype)
+        for _ in range(5):
+            before = training.weights()
+            training.step()
+            assert training.weights().dtype == dtype
+            assert not training.weights().equal(before)
+
+
+def test_the_dial_takes_sparse_gradients():
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(5, 4, sparse=sparse), nn.Flatten(), nn.Linear(12, 5))
+        criterion = nn.CrossEntropyLoss()
+        optimizer = KFAC(model, criterion, refine=3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            criterion(model(torch.randint(0, 5, (8, 3))), torch.randint(0, 5, (8,))).backward()
+            optimizer.step()
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_batches_of_before_a_cast_are_not_asked():
+    training = Training(curvature_batches=3)
+    for dtype, kept in ((torch.float32, 2), (torch.float64, 1)):
+        training.model.to(dtype)
+        for _ in range(2 if dtype == torch.float32 else 1):
+            training.step()
+        assert len(training.optimizer._planner.batches._earlier) == kept
+    assert not math.isnan(training.optimizer.diagnostics()["predicted"])
+
+
+def test_an_output_without_a_gradient_is_not_observed():
+    training = Training()
+    with torch.no_grad():
+        output = training.model(torch.randn(4, 3))
+    with pytest.raises(CriterionError, match="an output that does not require a gradient"):
+        training.optimizer.observe(output, torch.zeros(4, 2), training.criterion)
+
+
+@pytest.mark.parametrize("given", [0.5, "scaler", lambda: 1.0, torch.ones(2)])
+def test_what_is_no_scaler_is_refused(given):
+    preconditioner = Preconditioner(nn.Linear(3, 2), nn.MSELoss())
+    with pytest.raises(OptionError, match=r"a GradScaler or nothing is allowed"):
+        preconditioner.step(given)
+
+
+def test_a_skipped_step_leaves_no_gradient_to_what_came_later():
+    model, criterion = nn.Sequential(nn.Linear(3, 2)), nn.MSELoss()
+    preconditioner = Preconditioner(model, criterion)
+    model.append(nn.Linear(2, 2))
+    criterion(model(torch.full((4, 3), math.nan)), torch.zeros(4, 2)).backward()
+    with pytest.warns(KronewtonWarning):
+        preconditioner.step()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("value", ["much", None, math.nan, -1, 10**400, torch.ones(2), {}])
+@pytest.mark.parametrize("key", ["version", "basis", "steps", "skipped", "scale", "generator"])
+def test_a_preconditioners_state_is_read_entry_by_entry(key, value):
+    preconditioner = Preconditioner(nn.Linear(3, 2), nn.MSELoss())
+    state = preconditioner.state_dict()
+    with pytest.raises(StateError, match=r"start afresh|that wrote it|was saved with"):
+        preconditioner.load_state_dict({**state, key: value})
+    assert preconditioner.state_dict().keys() == state.keys()
+
+
+@pytest.mark.parametrize("value", ["much", None, 0.5, torch.tensor(1j)])
+def test_a_state_with_something_else_in_a_tensors_place_is_refused(value):
+    training = Training()
+    training.step()
+    state = copy.deepcopy(training.optimizer.state_dict())
+    state["state"][0]["kfac_A_total"] = value
+    with pytest.raises(StateError, match=r"for 'A_total' of parameter 0.*it is damaged"):
+        training.optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("exp_avg", None, "has None for 'exp_avg' of parameter"),
+        ("exp_avg_sq", torch.ones(()), r"'exp_avg_sq' of shape \(\) for parameter"),
+        ("step", torch.tensor(math.nan), "'step' of parameter .* finite number ≥ 0"),
+        ("step", "first", "'step' of parameter .* finite number ≥ 0"),
+    ],
+)
+def test_a_fallbacks_damaged_moments_are_refused(key, value, words):
+    training = Training(curved=False)
+    training.step()
+    state = copy.deepcopy(training.optimizer.state_dict())
+    state["state"][0][key] = value
+    with pytest.raises(StateError, match=words):
+        training.optimizer.load_state_dict(state)
+    del state["state"][0][key]
+    with pytest.raises(StateError, match=r"holds only .* of the moments of parameter"):
+        training.optimizer.load_state_dict(state)
