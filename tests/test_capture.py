@@ -929,3 +929,17 @@ def test_a_row_whose_first_entry_is_nothing_is_alive_all_the_same():
     b[:, :2, :, 0] = 1
     b[1, 2, 0, 1] = 1
     assert filing._alive(b).tolist() == [[True, True], [True, True], [True, False]]
+
+
+def test_looking_for_the_models_output_is_no_training_gradient():
+    torch.manual_seed(3)
+    model, x, y = Pooled(), torch.randn(6, 7, 3), torch.randint(0, 4, (6,))
+    criterion = nn.CrossEntropyLoss()
+    for several in (False, True):  # outputs that the criterion's input was made of
+        optimizer = KFAC(model, criterion, fisher="empirical")
+        output = model(x) + model(-x) if several else 2 * model(x)
+        loss = criterion(output, y)
+        assert not optimizer._watcher._arrivals
+        loss.backward()
+        assert len(optimizer._watcher._arrivals) == (4 if several else 2)
+        optimizer.close()

@@ -79,9 +79,6 @@ def test_what_has_no_statistics_is_not_called_covered(name: str) -> None:
     assert all(r.why and "K-FAC" not in r.method for r in still)
 
 
-@pytest.mark.xfail(
-    reason="outputs after the first one are taken for constant targets", strict=False
-)
 def test_every_output_that_a_criterion_takes_counts() -> None:
     torch.manual_seed(0)
     entry = BY_NAME["triplet, three calls"]
@@ -93,6 +90,68 @@ def test_every_output_that_a_criterion_takes_counts() -> None:
         "0": 3,
         "2": 3,
     }
+
+
+class Stacked(torch.nn.Module):
+    """The model on several inputs at once, and the criterion of what it returns for them."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *xs: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.inner(x) for x in xs], 1)
+
+
+class Apart(torch.nn.Module):
+    def __init__(self, criterion: torch.nn.Module) -> None:
+        super().__init__()
+        self.criterion, self.reduction = criterion, criterion.reduction
+
+    def forward(self, stack: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = self.criterion(*stack.unbind(1))
+        return loss
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("fisher", ["exact", "sampled", "empirical"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_several_calls_have_the_block_of_one_that_returns_them_all(
+    fisher: str, reduction: str
+) -> None:
+    # Of numbers only: with one call of the model there is a quadratic model, and with three none.
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0, "damping": 0.1, "trust_region": None}
+    found = []
+    for one in (False, True):
+        torch.manual_seed(0)
+        inner = BY_NAME["triplet, three calls"].make()[0]
+        xs = torch.randn(3, 6, next(inner.parameters()).shape[1]).unbind()
+        criterion = torch.nn.TripletMarginLoss(reduction=reduction, swap=True)
+        model, loss = (Stacked(inner), Apart(criterion)) if one else (inner, criterion)
+        optimizer = kn.KFAC(model, loss, fisher=fisher, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", kn.errors.KronewtonWarning)
+            for _ in range(3):
+                optimizer.zero_grad()
+                (loss(model(*xs)) if one else loss(*[model(x) for x in xs])).backward()
+                optimizer.step()
+        factors = optimizer._curvature.factors.values()
+        found.append([m.mean for f in factors for m in (f.A, f.B)])
+    for several, whole in zip(*found, strict=True):
+        torch.testing.assert_close(several, whole)
+
+
+def test_outputs_of_two_shapes_are_said() -> None:
+    class Both(torch.nn.Module):
+        def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+            return first.square().mean() + second.square().mean()
+
+    torch.manual_seed(0)
+    model, criterion = torch.nn.Linear(3, 2), Both()
+    optimizer = kn.KFAC(model, criterion)
+    criterion(model(torch.randn(5, 3)), model(torch.randn(4, 3))).backward()
+    with pytest.warns(kn.errors.KronewtonWarning, match="a second argument that the model"):
+        optimizer.step()
 
 
 def test_a_gradient_inside_the_loss_is_no_training_gradient() -> None:

@@ -1301,7 +1301,6 @@ ZOO = (
         lambda: (mlp(WIDTH, 8, 3), nn.TripletMarginLoss()),
         triplets,
         of_triplets,
-        warns=("is given a second argument that the model computes",),
     ),
     Entry("hypernetwork", classified(HyperNetwork), vectors),
     Entry("LoRA", classified(adapted), vectors),

@@ -43,6 +43,7 @@ from kronewton.replay import (
     versions,
 )
 from kronewton.rows import joined
+from kronewton.several import together
 
 OWN_FUNCTIONS = (nn.MultiheadAttention,)  # modules that are seen from inside, wherever called from
 CHECKED = 3  # captures in which the criteria are compared with the whole loss
@@ -369,18 +370,31 @@ class Watcher:
         if not self._watching() or not isinstance(loss, Tensor) or not loss.requires_grad:
             return
         output, *targets = _arguments(criterion, args, kwargs)
-        part = self._new_part(criterion, output, targets)
+        moving = [t for t in targets if isinstance(t, Tensor) and t.requires_grad]
+        whole = self._together(criterion, [output, *targets], moving) if moving else None
+        part = self._new_part(*whole or (criterion, output, targets))
         if part is not None:
             part.loss = loss.detach()
             if self._checking:
                 self._expect(part, loss)
-            if any(isinstance(t, Tensor) and t.requires_grad for t in targets):
+            if moving and whole is None:
                 self.partial = (
                     f"{type(criterion).__name__} is given a second argument that the model "
                     "computes, and its Hessian is taken in the first one only. Let the model "
                     "return one tensor that the criterion takes apart"
                 )
             loss.register_hook(Commit(self, part))
+
+    def _together(
+        self, criterion: nn.Module, arguments: Sequence[Any], moving: Sequence[Tensor]
+    ) -> tuple[nn.Module, Tensor, list[Any]] | None:
+        """The criterion of several outputs as one of their stack, where the model made them all."""
+        outputs = [found[1] for found in self._outputs if found[1].requires_grad]
+        if id(criterion) in self._inside or not outputs:
+            return None
+        if not all(self._leads(outputs, t) for t in moving):
+            return None
+        return together(criterion, arguments)
 
     @torch.enable_grad()
     def observe(self, criterion: nn.Module, output: Tensor, targets: Sequence[Tensor]) -> None:
@@ -441,7 +455,7 @@ class Watcher:
         leading = [
             found
             for found in self._outputs
-            if found[1].requires_grad and leads_to([found[1]], output)
+            if found[1].requires_grad and self._leads([found[1]], output)
         ]
         if len(leading) == 1:  # of several, one alone would not be the whole Jacobian
             forward, tensor, part.call, part.path = leading[0]
@@ -453,6 +467,11 @@ class Watcher:
         self._resolve()
         return [call for call in self.calls if call.layer.name not in self.filing.unexplained]
 
+    def _leads(self, sources: Sequence[Tensor | GradientEdge], output: Tensor) -> bool:
+        """Whether the output depends on any of the sources."""
+        with self.paused():  # or zeros would arrive as training gradients
+            return leads_to(sources, output)
+
     def _backpropagate(self, part: Part, output: Tensor) -> bool:
         """Fill in the part's statistics; False if no watched layer leads to its output."""
         calls = self.known_calls()
@@ -461,7 +480,7 @@ class Watcher:
             if part.call is not None or not calls:
                 return bool(calls)
             part.forwards = frozenset(call.forward for call in calls)
-            return leads_to([edge for call in calls for edge in call.edges], output)
+            return self._leads([edge for call in calls for edge in call.edges], output)
         with torch.no_grad():
             weights = part.curvature().weights
         with self.paused():  # checkpointed layers run again in here
