@@ -154,10 +154,10 @@ def require_same_shapes(
     moments = {k: v for k, v in theirs.items() if k in ADAMW}
     _require_whole(owner, "moments", set(moments), [ADAMW])
     for key, value in moments.items():
+        if not isinstance(value, Tensor):
+            raise _no_tensor(key, value, owner)
         if key == "step":
             _require_number(f"'step' of {owner}", value)
-        elif not isinstance(value, Tensor):
-            raise _no_tensor(key, value, owner)
         elif value.shape != p.shape:
             raise _of_another_model(f"{key!r}", value, owner, p.shape)
     for key, what in (("previous", "a step"), ("average", "an average")):
