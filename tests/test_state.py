@@ -312,6 +312,20 @@ def test_numbers_that_are_not_whole_are_refused(key, value):
     assert other.weights().equal(before)
 
 
+@pytest.mark.parametrize("count", [torch.ones(3), torch.ones(1, 1)])
+def test_a_count_that_is_no_single_number_is_refused(count: Tensor) -> None:
+    saved = Run().steps(range(2)).optimizer.state_dict()
+    other = Run()
+    before = other.weights()
+    key = next(k for k in saved["state"][0] if k.endswith("A_count"))
+    saved["state"][0][key] = count
+    with pytest.raises(
+        StateError, match=r"a count of shape \(.*\) for layer '.*', which needs \(\)"
+    ):
+        other.optimizer.load_state_dict(saved)
+    assert other.weights().equal(before)
+
+
 @pytest.mark.parametrize("basis", ["factored", "eigen", "corrected", "adam"])
 def test_a_state_that_lacks_any_part_of_a_layer_is_refused_by_name(basis: str) -> None:
     torch.manual_seed(0)

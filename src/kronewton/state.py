@@ -162,16 +162,18 @@ def require_same_shapes(
             raise _of_another_model(f"{key!r}", value, owner, p.shape)
     for key, what in (("previous", "a step"), ("average", "an average")):
         found = ours.get(key)
-        if found is not None and found.shape != p.shape:
-            raise _of_another_model(what, found, owner, p.shape)
+        if found is not None:
+            _require_kind(key, found, owner, p.is_complex())
+            if found.shape != p.shape:
+                raise _of_another_model(what, found, owner, p.shape)
 
 
 def require_same_basis(saved: Any, own: str, allowed: Collection[str], owner: str) -> None:
     """Raise StateError if a state was saved with a basis that its owner cannot go on with."""
     if not isinstance(saved, str) or saved not in allowed:
         raise StateError(
-            f"the state_dict was saved with basis={shown(saved)} and this {owner} has {own!r}. Build it "
-            "with the basis that the state was saved with."
+            f"the state_dict was saved with basis={shown(saved)} and this {owner} has {own!r}. "
+            "Build it with the basis that the state was saved with."
         )
 
 
@@ -189,6 +191,10 @@ def require_same_layers(
 def _require_same_layer(layer: Layer, kept: Mapping[str, Tensor], largest: int) -> None:
     owner = f"layer '{layer.name}'"
     _require_tensors(owner, kept)
+    for key, tensor in kept.items():
+        _require_kind(key, tensor, owner, False)
+        if "_count" in key and tensor.dim():
+            raise _of_another_model("a count", tensor, owner, torch.Size())
     shape = layer.kind.matrix(layer, layer.parameters()).shape
     moments = {k.removeprefix("moments_") for k in kept if k.startswith("moments_")}
     _require_whole(owner, "moments m, v and steps", moments, [{"m", "v", "steps"}])
@@ -217,10 +223,16 @@ def _require_same_layer(layer: Layer, kept: Mapping[str, Tensor], largest: int) 
 
 
 def _require_tensors(owner: str, kept: Mapping[str, Any]) -> None:
-    """Raise StateError if something that was saved is no tensor of real numbers."""
+    """Raise StateError if something that was saved is no tensor."""
     for key, found in kept.items():
-        if not isinstance(found, Tensor) or found.is_complex():
+        if not isinstance(found, Tensor):
             raise _no_tensor(key, found, owner)
+
+
+def _require_kind(key: str, found: Tensor, owner: str, is_complex: bool) -> None:
+    """Raise StateError if a tensor has complex numbers where real ones belong, or the reverse."""
+    if found.is_complex() != is_complex:
+        raise _no_tensor(key, found, owner)
 
 
 def _require_number(what: str, value: Any) -> None:
