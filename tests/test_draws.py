@@ -208,6 +208,12 @@ def test_directions_are_not_averaged_over_a_step_that_is_next_to_nothing():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("sharing", ["auto", "best"])
+def test_a_model_may_be_cast_between_two_parts_of_a_step(sharing):
+    calls = [("grads_by_hand", 3), ("cast", 0), ("observe", 0)]
+    play(drawn(*calls, model="attention", options={"sharing": sharing}))
+
+
 @pytest.mark.parametrize("options", [{"lr": 1e30}, {"lr": 0.1, "momentum": 1e30}])
 def test_a_step_that_would_overflow_is_skipped(options):
     training = Training(damping=1e-6, trust_region=None, **options)

@@ -148,18 +148,69 @@ def test_factors_that_a_sample_shifts_are_noticed(sampled, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "module", [nn.BatchNorm1d(6), nn.Dropout(0.1), nn.AlphaDropout(0.1)], ids=repr
+    "module",
+    [nn.BatchNorm1d(6, track_running_stats=False), nn.Dropout(0.1), nn.AlphaDropout(0.1)],
+    ids=["batch normalisation without running moments", "dropout", "alpha dropout"],
 )
 def test_what_mixes_or_draws_is_captured_in_its_own_pass(module, sampled):
     training = Training(lambda: mlp(copy.deepcopy(module))).steps(9)
     assert not sampled
     assert sum(training.captured) == 5
-    for module in training.model.modules():
-        module.training = False  # then it does neither
-    training.captured.clear()
-    training.steps(9)
-    assert not any(training.captured[1:])
-    assert sampled
+    if not isinstance(module, nn.BatchNorm1d):
+        training.model.eval()  # then it draws nothing
+        training.captured.clear()
+        training.steps(9)
+        assert not any(training.captured[1:])
+        assert sampled
+
+
+def normalised(momentum: float | None) -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, D)), nn.Conv1d(1, 4, 3, padding=1),
+        nn.BatchNorm1d(4, momentum=momentum), nn.ReLU(), nn.Flatten(), nn.Linear(4 * D, 6), nn.BatchNorm1d(6, momentum=momentum),
+        nn.Tanh(), nn.Linear(6, 3),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("momentum", [0.1, None, 1.0])
+def test_batch_normalisation_has_the_moments_of_the_whole_batch(momentum, sampled, monkeypatch):
+    one = Training(lambda: normalised(momentum), lr=0.001).steps(14)
+    assert sampled == [True] * 3
+    monkeypatch.setattr(Sampler, "pays", lambda *_: False)
+    other = Training(lambda: normalised(momentum), lr=0.001).steps(14)
+    for term, (A, B) in factors(other).items():
+        own = factors(one)[term]
+        assert torch.allclose(own[0], A, rtol=0.02, atol=0.02 * float(A.abs().max()))
+        assert (own[1] - B).norm() < 0.1 * B.norm()  # what flows back through them is left out
+    for a, b in zip(one.model.buffers(), other.model.buffers(), strict=True):
+        assert torch.allclose(a, b, rtol=0.01, atol=1e-3)
+
+
+def test_the_running_moments_stay_as_the_training_left_them(sampled):
+    training = Training(lambda: normalised(0.1)).steps(4)
+    kept: list[Tensor] = []
+    training.step(4, lambda _: kept.extend(b.clone() for b in training.model.buffers()))
+    assert sampled == [True]
+    assert all(torch.equal(a, b) for a, b in zip(training.model.buffers(), kept, strict=True))
+    assert all(module.training for module in training.model.modules())
+
+
+class Again(nn.Module):
+    """One batch normalisation for two places: its running moments have followed both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(D, D), nn.BatchNorm1d(D), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(torch.tanh(self.body(self.norm(x)))))
+
+
+@pytest.mark.parametrize("make", [Again, lambda: normalised(0.0)], ids=["twice", "fixed"])
+def test_moments_that_are_not_to_be_had_are_missed(make, sampled):
+    training = Training(make).steps(9)
+    assert sampled == [False] * 2
+    assert sum(training.captured) == 4
 
 
 def test_few_examples_are_captured_in_their_own_pass(sampled):

@@ -31,7 +31,7 @@ from kronewton.inverse import (
     eigen_basis,
     factored_inverse,
 )
-from kronewton.layers import ENTRIES, TURNED, Layer
+from kronewton.layers import ENTRIES, TURNED, DenseRows, Layer
 from kronewton.linalg import all_finite, ran_out_of_memory
 from kronewton.normalised import Moments, normalised, restored
 from kronewton.pair import (
@@ -231,6 +231,13 @@ class Curvature:
         self.factors, self.chosen = {}, {}
         self.change_basis(self.basis)
         self.scale = self.largest = 0.0
+
+    @property
+    def most_rows(self) -> int:
+        """Of the layer that is the most work, in the last batch; 0 before there was one."""
+        sizes = {layer_of(term): factors.size for term, factors in self.factors.items()}
+        work = [(rows * sizes.get(name, 0), rows) for name, rows in self.rows.items()]
+        return max(work, default=(0, 0))[1]
 
     def forget_batch(self) -> None:
         """Let go of the step's rows a and b."""
@@ -513,4 +520,15 @@ def by_layer(
             continue
         for name, seen in statistics.items():
             found.setdefault(name, []).extend((stats, weight) for stats in seen)
-    return found
+    return {term: _alike(seen) if len(seen) > 1 else seen for term, seen in found.items()}
+
+
+def _alike(seen: list[Observation]) -> list[Observation]:
+    """All in the widest precision of any: a model may have been cast while they came in."""
+    if len({stats.b.dtype for stats, _ in seen}) == 1:
+        return seen
+    widest = max((stats.b.dtype for stats, _ in seen), key=lambda dtype: dtype.itemsize)
+    return [
+        (replace(stats, a=DenseRows(stats.a.dense().to(widest)), b=stats.b.to(widest)), part)
+        for stats, part in seen
+    ]

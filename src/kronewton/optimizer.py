@@ -312,8 +312,7 @@ class KFAC(Optimizer):
         planner.remember(parts)
         self._curvature.forget_batch()
         self._steps += 1
-        waits = self._sampler.pays(planner.age(self._steps), planner.rows(), self._curvature.rows)
-        watcher.capturing = self._lost or (self._captures(planner) and not waits)
+        watcher.capturing = self._lost or (self._captures(planner) and not self._waits(planner))
         self._lost = False
         return made
 
@@ -321,11 +320,16 @@ class KFAC(Optimizer):
         """Whether factors are due in the step that comes next."""
         return due(planner.age(self._steps), planner.intervals()[0])
 
+    def _waits(self, planner: Planner) -> bool:
+        """Whether factors that are due can be made when the batch is there."""
+        age, rows = planner.age(self._steps), planner.rows()
+        return self._sampler.pays(age, rows, self._curvature.most_rows)
+
     def _learn(self, watcher: Watcher, planner: Planner, parts: Sequence[Part]) -> None:
         """Renew the factors by what was captured, or is now sampled from the step's batch."""
         rows, turn = planner.rows(), self._steps // planner.intervals()[0]
         if rows is not None and self._captures(planner) and not watcher.capturing:
-            if self._sampler.sample(parts, rows, self._curvature.rows, turn):
+            if self._sampler.sample(parts, rows, self._curvature.most_rows, turn):
                 rows = None  # all that were taken
             else:
                 self._lost = True  # then in the training's next pass

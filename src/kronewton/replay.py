@@ -174,8 +174,8 @@ class Replayer:
         self.without_forward_mode = ""  # what torch said, where it has none for this model
         self.unfused: set[str] = set()  # of UNFUSED, what this model must do without
         self.without_products = ""  # likewise, where it cannot be differentiated twice either
-        self._modules = list(model.modules())
-        self._recurrent = [m for m in self._modules if isinstance(m, nn.RNNBase)]
+        self.modules = list(model.modules())
+        self._recurrent = [m for m in self.modules if isinstance(m, nn.RNNBase)]
         self._buffers = [m._buffers for m in model.modules() if m._buffers]
         wanted = {id(p): i for i, p in enumerate(parameters)}
         tables: list[tuple[dict[str, Any], str, Any]] = [
@@ -200,9 +200,9 @@ class Replayer:
             stack.enter_context(_random_state(call.random_state))
             for words in self.unfused:
                 stack.enter_context(UNFUSED[words]())
-            if compiled(self._modules):  # which torch differentiates once, and in no forward mode
+            if compiled(self.modules):  # which torch differentiates once, and in no forward mode
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            if call.training is not None and call.training != [m.training for m in self._modules]:
+            if call.training is not None and call.training != [m.training for m in self.modules]:
                 stack.enter_context(self._mode(call.training))
             if tensors is not None:
                 stack.enter_context(self._swapped(tensors))
@@ -219,13 +219,13 @@ class Replayer:
     @contextlib.contextmanager
     def _mode(self, training: Sequence[bool]) -> Iterator[None]:
         """Every module in training or evaluation, as it was in the first run."""
-        now = [m.training for m in self._modules]
+        now = [m.training for m in self.modules]
         try:
-            for m, mode in zip(self._modules, training, strict=False):
+            for m, mode in zip(self.modules, training, strict=False):
                 m.training = mode
             yield
         finally:
-            for m, mode in zip(self._modules, now, strict=True):
+            for m, mode in zip(self.modules, now, strict=True):
                 m.training = mode
 
     @contextlib.contextmanager

@@ -2,19 +2,20 @@
 
 In the training's own pass a capture costs a second backward pass of all examples, and where
 factors run over many batches a quarter of them is enough. So the model is run again, on that
-quarter. Only where its outputs are the same then: examples that mix (batch normalisation), or that
-draw (dropout), are captured in the training's own pass.
+quarter. Only where its outputs are the same then: examples that mix, or that draw (dropout), are
+captured in the training's own pass. Batch normalisation is given the moments of the whole batch,
+which its running ones tell; what flows back through these moments is left out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from statistics import median
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -24,7 +25,7 @@ from kronewton.capture import Watcher
 from kronewton.factors import PART, in_turn
 from kronewton.fisher import Fisher
 from kronewton.part import Part
-from kronewton.replay import Inner, Replayer
+from kronewton.replay import Inner, ModelCall, Path, Replayer
 from kronewton.rows import joined
 
 MOST = 0.5  # of a batch, for a pass of its own to pay
@@ -38,18 +39,17 @@ class Sampler:
     def __init__(self, replayer: Replayer, watcher: Watcher, fisher: Fisher) -> None:
         self.replayer, self.watcher, self.fisher = replayer, watcher, fisher
 
-    def pays(self, age: int, rows: int | None, known: Mapping[str, int]) -> bool:
+    def pays(self, age: int, rows: int | None, known: int) -> bool:
         """Whether the next capture may wait for the step, after so many of its kind.
 
-        rows: how many are enough of a layer, None for all. known: of each layer, in a batch.
+        rows: how many are enough of a layer, None for all. known: how many a batch has, in the
+        layer that is the most work.
         """
-        if rows is None or age < FROM or not known or _share(rows, known) > MOST:
+        if rows is None or age < FROM or _share(rows, known) > MOST:
             return False
-        return not any(map(_mixes, self.replayer.model.modules()))
+        return not any(map(_mixes, self.replayer.modules))
 
-    def sample(
-        self, parts: Sequence[Part], rows: int | None, known: Mapping[str, int], turn: int
-    ) -> bool:
+    def sample(self, parts: Sequence[Part], rows: int | None, known: int, turn: int) -> bool:
         """Fill in the statistics of the step's batch; False if that can't be done from a part.
 
         turn: which examples, others in every one.
@@ -81,7 +81,7 @@ class Sampler:
         with self.watcher.sampling():
             try:
                 with nullcontext() if call.autocast is None else call.autocast.again():
-                    output = self.replayer.run(call, part.path)
+                    output = self._run(call, part.path, N / count)
             except (ValueError, RuntimeError, ArithmeticError, AssertionError, LookupError):
                 return False  # its arguments can't be cut
             bound = SAME_HALF if half(parts) else SAME
@@ -94,6 +94,21 @@ class Sampler:
         part.statistics = {term: joined(seen) for term, seen in part.statistics.items()}
         return found
 
+    def _run(self, call: ModelCall, path: Path, times: float) -> Tensor:
+        """The output for some examples, each one of `times`, normalised as in the batch."""
+        modules = self.replayer.modules
+        modes = call.training or [m.training for m in modules]
+        trained = [m for m, mode in zip(modules, modes, strict=True) if mode]
+        norms = {m: _moments(m, call) for m in trained if isinstance(m, _BatchNorm)}
+        if norms:
+            call = replace(call, training=[m in trained and m not in norms for m in modules])
+        hooks = [m.register_forward_pre_hook(_Moments(*found, times)) for m, found in norms.items()]
+        try:
+            return self.replayer.run(call, path)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def _cotangents(self, part: Part, within: slice, size: float) -> Iterator[Tensor]:
         """At some of the model's output: fewer stand for all."""
         for drawn in self.fisher.cotangents(part.curvature()):
@@ -101,21 +116,54 @@ class Sampler:
             yield u[within] * size
 
 
-def _share(rows: int, known: Mapping[str, int]) -> float:
-    """Of a batch: as `factors.thinned` takes of a layer, for most of them."""
-    return max(1 / PART, rows / max(1, median(known.values())))
+class _Moments:
+    """Before a batch normalisation is run on some examples: has it take the whole batch's moments.
+
+    The replay puts back what they replace.
+    """
+
+    def __init__(self, mean: Tensor, var: Tensor, times: float) -> None:
+        self.mean, self.var, self.times = mean, var, times
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        count = args[0].numel() / args[0].shape[1] * self.times
+        module._buffers["running_mean"] = self.mean
+        module._buffers["running_var"] = self.var * (1 - 1 / count)  # it counts one less
+
+
+def _moments(norm: _BatchNorm, call: ModelCall) -> tuple[Tensor, Tensor]:
+    """A batch's mean and variance, by what they changed in the running ones.
+
+    Raises LookupError if they were not changed.
+    """
+    before = {key: t for table, key, t in call.buffers if table is norm._buffers}
+    count = norm.num_batches_tracked
+    share = norm.momentum if norm.momentum is not None or count is None else 1 / float(count)
+    if not share:
+        raise LookupError("running moments that do not follow")
+    mean, var = (
+        torch.lerp(before[key], norm._buffers[key], 1 / share)  # type: ignore[arg-type]
+        for key in ("running_mean", "running_var")
+    )
+    return mean, var
+
+
+def _share(rows: int, known: int) -> float:
+    """Of a batch: as much as `factors.thinned` takes of a layer that has so many rows."""
+    return max(1 / PART, rows / max(1, known))
 
 
 def _mixes(module: nn.Module) -> bool:
     """Whether a module's output for an example is another one beside others, or is drawn."""
-    if not module.training:
-        return isinstance(module, nn.parallel.DistributedDataParallel)
+    mixes = isinstance(module, _BatchNorm) and not module.track_running_stats
+    # This one awaits a backward pass after each forward.
+    waits = isinstance(module, nn.parallel.DistributedDataParallel)
+    if mixes or waits or not module.training:
+        return mixes or waits
     draws = isinstance(module, _DropoutNd) and module.p > 0
     recurrent = isinstance(module, nn.RNNBase) and module.dropout > 0
     attends = isinstance(module, nn.MultiheadAttention) and module.dropout > 0
-    # The last one awaits a backward pass after each forward.
-    mixing = isinstance(module, (_BatchNorm, nn.parallel.DistributedDataParallel))
-    return draws or recurrent or attends or mixing
+    return draws or recurrent or attends
 
 
 def _same(some: Tensor, wanted: Tensor, bound: float) -> bool:
