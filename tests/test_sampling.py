@@ -167,8 +167,8 @@ def test_what_mixes_or_draws_is_captured_in_its_own_pass(module, sampled):
 def normalised(momentum: float | None) -> nn.Module:
     return nn.Sequential(
         nn.Unflatten(1, (1, D)), nn.Conv1d(1, 4, 3, padding=1),
-        nn.BatchNorm1d(4, momentum=momentum), nn.ReLU(), nn.Flatten(), nn.Linear(4 * D, 6), nn.BatchNorm1d(6, momentum=momentum),
-        nn.Tanh(), nn.Linear(6, 3),
+        nn.BatchNorm1d(4, momentum=momentum), nn.ReLU(), nn.Flatten(), nn.Linear(4 * D, 6),
+        nn.BatchNorm1d(6, momentum=momentum), nn.Tanh(), nn.Linear(6, 3),
     )  # fmt: skip
 
 

@@ -97,11 +97,9 @@ class Sampler:
     def _run(self, call: ModelCall, path: Path, times: float) -> Tensor:
         """The output for some examples, each one of `times`, normalised as in the batch."""
         modules = self.replayer.modules
-        modes = call.training or [m.training for m in modules]
-        trained = [m for m, mode in zip(modules, modes, strict=True) if mode]
-        norms = {m: _moments(m, call) for m in trained if isinstance(m, _BatchNorm)}
+        norms = {m: _moments(m, call) for m in modules if m.training and isinstance(m, _BatchNorm)}
         if norms:
-            call = replace(call, training=[m in trained and m not in norms for m in modules])
+            call = replace(call, training=[m.training and m not in norms for m in modules])
         hooks = [m.register_forward_pre_hook(_Moments(*found, times)) for m, found in norms.items()]
         try:
             return self.replayer.run(call, path)
