@@ -213,6 +213,19 @@ def test_moments_that_are_not_to_be_had_are_missed(make, sampled):
     assert sum(training.captured) == 4
 
 
+def test_training_gradients_as_rows_are_captured_in_their_own_pass(sampled):
+    torch.manual_seed(0)
+    model, criterion = mlp(), nn.CrossEntropyLoss()
+    optimizer = kn.KFAC(model, None, basis="adam", lr=0.01)  # which makes it the empirical Fisher
+    for _ in range(10):
+        optimizer.zero_grad()
+        output, y = model(torch.randn(N, D)), torch.randint(3, (N,))
+        optimizer.observe(output, y, criterion)
+        criterion(output, y).backward()
+        optimizer.step()
+    assert not sampled
+
+
 def test_few_examples_are_captured_in_their_own_pass(sampled):
     training = Training(mlp, examples=400).steps(9)
     assert not sampled

@@ -322,12 +322,16 @@ class KFAC(Optimizer):
 
     def _waits(self, planner: Planner) -> bool:
         """Whether factors that are due can be made when the batch is there."""
-        age, rows = planner.age(self._steps), planner.rows()
+        age, rows = planner.age(self._steps), self._rows(planner)
         return self._sampler.pays(age, rows, self._curvature.most_rows)
+
+    def _rows(self, planner: Planner) -> int | None:
+        """How many rows of a layer are enough for its factors; None: all that there are."""
+        return None if self._watched.fisher.rides_along else planner.rows()
 
     def _learn(self, watcher: Watcher, planner: Planner, parts: Sequence[Part]) -> None:
         """Renew the factors by what was captured, or is now sampled from the step's batch."""
-        rows, turn = planner.rows(), self._steps // planner.intervals()[0]
+        rows, turn = self._rows(planner), self._steps // planner.intervals()[0]
         if rows is not None and self._captures(planner) and not watcher.capturing:
             if self._sampler.sample(parts, rows, self._curvature.most_rows, turn):
                 rows = None  # all that were taken

@@ -161,7 +161,7 @@ class Planner:
 
     def rows(self) -> int | None:
         """How many rows of a layer are enough for its factors; None: all that there are."""
-        return ROWS if self.normalising and self.options.fisher == "sampled" else None
+        return ROWS if self.normalising and self.options.fisher != "exact" else None
 
     def remember(self, parts: Sequence[Part]) -> None:
         """Keep a batch for the curvature of later steps, if it can be."""
