@@ -214,6 +214,12 @@ def test_a_model_may_be_cast_between_two_parts_of_a_step(sharing):
     play(drawn(*calls, model="attention", options={"sharing": sharing}))
 
 
+@pytest.mark.parametrize("basis", ["factored", "eigen", "corrected"])
+def test_rows_that_come_into_sight_take_the_place_of_entries(basis):
+    calls = [("freeze", 0), ("train", 0), ("train", 0), ("closure", 0), ("resume", 0), ("train", 0)]
+    play(drawn(*calls, model="attention", behind="Adagrad", options={"basis": basis}))
+
+
 @pytest.mark.parametrize("options", [{"lr": 1e30}, {"lr": 0.1, "momentum": 1e30}])
 def test_a_step_that_would_overflow_is_skipped(options):
     training = Training(damping=1e-6, trust_region=None, **options)

@@ -188,6 +188,9 @@ class Curvature:
         self, term: str, batch: Factors, seen: Sequence[Observation], decay: float
     ) -> None:
         before = self.factors.get(term)
+        if before is None and self.terms(layer_of(term)) == [layer_of(term) + ENTRIES]:
+            # Its rows can be seen now: an inverse of its entries is none of its matrix.
+            self.inverses.pop(layer_of(term), None)
         if self.basis == "corrected":
             basis = self._own_basis(term) or eigen_basis(
                 batch.A.mean, batch.B.mean, term, batch.sides
