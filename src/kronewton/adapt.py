@@ -197,7 +197,8 @@ class Pacing:
     batch before it is made, now and then, and where little of what was promised comes, the parabola
     through the loss here, its slope and the loss there takes the model's place. Trials are in each
     of the `first` steps, then rarer by a factor of two whenever the ceiling has changed by less
-    than a factor of `sudden`, and less rare when by more; `rarest` steps apart at most.
+    than a factor of `sudden`, and less rare when by more; `rarest` steps apart at most. A step that
+    is not tried keeps to `untried` of the last trial's ceiling, which may have come down since.
     """
 
     least: float = 0.6
@@ -213,6 +214,7 @@ class Pacing:
     first: int = 10
     sudden: float = 1.5
     rarest: int = 20
+    untried: float = 0.7
 
     def looks(self, pace: Pace) -> bool:
         """Whether the model should be asked about the step that is made now."""
@@ -272,9 +274,10 @@ class Pacing:
         lr = min(max(lr, low), self.highest)
         return replace(pace, lr=lr, square=square)
 
-    def lr(self, pace: Pace) -> float:
+    def lr(self, pace: Pace, tried: bool = True) -> float:
         """Of the step that is made now."""
-        return min(pace.lr, max(pace.ceiling, self.lowest), pace.limit)
+        ceiling = pace.ceiling if tried else self.untried * pace.ceiling
+        return min(pace.lr, max(ceiling, self.lowest), pace.limit)
 
     def midway(self) -> Pace:
         """To begin with where Newton's steps have gone before."""

@@ -319,7 +319,7 @@ class Planner:
         self.pace = self.pacing.agreed(self.pace, agreement, noise)
         if looking:
             return self._on_trial(parts, gradient, direction)
-        self.lr = self.pacing.lr(self.pace)
+        self.lr = self.pacing.lr(self.pace, tried=False)
         return Plan(direction, self.lr, 0.0)
 
     def _bounded(
