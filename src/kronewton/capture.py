@@ -176,6 +176,7 @@ class Watcher:
                 yield
         finally:
             self._sampling = self.capturing = False
+            self._unwind()
             self._clear()
 
     def collect(self) -> tuple[list[Part], bool]:
