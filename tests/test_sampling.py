@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import kronewton as kn
 from kronewton import sampling
+from kronewton.part import Part
+from kronewton.replay import ModelCall
 from kronewton.sampling import Sampler
 
 N, D = 1200, 5  # examples: a quarter of them has more rows than are enough
@@ -293,6 +297,200 @@ def test_where_a_sample_is_another_function_the_next_pass_is_captured(make, call
     training = Training(make, called).steps(10)
     assert sampled == [False] * 2
     assert [i for i, own in enumerate(training.captured) if own] == [0, 1, 2, 5, 9]
+
+
+class Attributes(dict):
+    """A dictionary whose items are attributes, as many loaders' batches are."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Asking(nn.Module):
+    """Takes such a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, given: Attributes) -> Tensor:
+        return self.body(given.x)
+
+
+class Strict(Refusing):
+    """Refuses with an error of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return super().forward(x)
+        except ValueError as error:
+            raise Exception("of no kind") from error
+
+
+class TimeFirst(nn.Module):
+    """What stands first is time: the first outputs are those of the first steps alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(D, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x.view(40, -1, D))[0])
+
+
+class Offset(Drawing):
+    """Draws, and its outputs are all but the same: a thousand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1000 + super().forward(x)
+
+
+class Features(nn.Module):
+    """Is called for its features, and the loop calls the head, or another module first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.body = nn.Linear(D, D), nn.Linear(D, D)
+        self.head = nn.Linear(D, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.body(x))
+
+
+class Tokens(nn.Module):
+    """The loop multiplies with its table: a matrix that is used in ways that nobody sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.body = nn.Embedding(3, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.body(self.table(x[:, :3].argmax(1)) + x))
+
+
+def several_times(model: nn.Module, x: Tensor) -> Tensor:
+    for _ in range(3):
+        x = model(x)
+    return x
+
+
+ELSEWHERE = {
+    "by attribute": (Asking, lambda model, x: model(Attributes(x=x))),
+    "an error of its own": (Strict, plain),
+    "time first": (TimeFirst, lambda model, x: model(x).flatten(0, 1)),
+    "drawing beside a constant": (Offset, plain),
+    "a head that the loop calls": (
+        Features,
+        lambda model, x: model.head(model(model.first(x).data)),
+    ),
+    "a table that the loop uses": (Tokens, lambda model, x: model(x) @ model.table.weight.T),
+    "several times": (lambda: nn.Sequential(nn.Linear(D, D), nn.Tanh()), several_times),
+}
+
+
+@pytest.mark.filterwarnings("ignore::kronewton.errors.KronewtonWarning")
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_what_a_pass_of_the_model_does_not_show_is_captured_in_the_next(case, sampled):
+    training = Training(*ELSEWHERE[case], lr=1e-4).steps(18)
+    assert sampled == [False] * 4  # one for each turn of the examples
+    assert [i for i, own in enumerate(training.captured) if own] == [0, 1, 2, 5, 9, 13, 17]
+
+
+def test_a_layer_before_the_model_is_captured_in_its_own_pass(sampled):
+    training = Training(Features, lambda model, x: model(model.first(x)), lr=1e-4).steps(10)
+    assert sampled == [False] * 2
+    assert sum(training.captured) == 5
+
+
+def test_a_batch_with_fewer_rows_than_are_enough_is_no_sample(sampled):
+    training = Training(mlp).steps(4)
+    training.examples = 20  # the last of an epoch
+    training.step(4)
+    assert sampled == [False]
+    training.examples = N
+    training.step(5)
+    assert training.captured[-1]
+
+
+def test_weights_go_with_their_examples(sampled, monkeypatch):
+    def trained() -> Training:
+        one = Training(*CASES["LSTM, by name, flattened"], lr=0.001)
+        one.criterion.weight = torch.tensor([1.0, 9.0, 0.0])
+        one.criterion.label_smoothing = 0.1
+        return one.steps(14)
+
+    one = trained()
+    assert sampled == [True] * 3
+    monkeypatch.setattr(Sampler, "pays", lambda *_: False)
+    for term, wanted in factors(trained()).items():
+        for A, B in zip(factors(one)[term], wanted, strict=True):
+            assert torch.allclose(A, B, rtol=1e-3, atol=1e-3 * float(B.abs().max()))
+
+
+class Checkpointed(nn.Module):
+    """Batch normalisation that is run again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = normalised(1.0)[:6], nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(checkpoint(self.body, x, use_reentrant=False)))
+
+
+def test_checkpointed_batch_normalisation_is_left_alone(sampled):
+    training = Training(Checkpointed).steps(4)
+    kept: list[Tensor] = []
+    training.step(4, lambda _: kept.extend(b.clone() for b in training.model.buffers()))
+    assert sampled == [False]
+    assert all(torch.equal(a, b) for a, b in zip(training.model.buffers(), kept, strict=True))
+    training.step(5)
+    assert training.captured[-1]
+
+
+class Interrupted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(D, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.body(x))
+        if len(x) < N:
+            raise KeyboardInterrupt
+        return self.head(h)
+
+
+def test_an_interrupt_leaves_nothing_behind(sampled):
+    training = Training(Interrupted).steps(4)
+    with pytest.raises(KeyboardInterrupt):
+        training.step(4)
+    watcher = training.optimizer._watcher
+    assert not watcher.capturing
+    assert not watcher.inert
+    assert not watcher.calls
+    assert not torch.overrides._get_current_function_mode_stack()
+    assert not training.model.norm._forward_pre_hooks
+    assert training.model.norm.training
+
+
+@pytest.mark.parametrize(
+    ("given", "divides"),
+    [
+        ([torch.zeros(8, 2)], True),
+        ([torch.zeros(8, 2), torch.zeros(8, dtype=torch.bool)], True),
+        ([torch.zeros(8, dtype=torch.long), torch.zeros(8, 3, dtype=torch.long)], True),
+        ([torch.zeros(8, 2), torch.zeros(2, 9, dtype=torch.long)], False),
+        ([torch.zeros(8, 2), torch.zeros(8, 9, dtype=torch.long)], False),
+        ([torch.zeros(8, dtype=torch.long), torch.zeros(2, 9, dtype=torch.long)], False),
+        ([torch.zeros(2, 8)], False),
+    ],
+)
+def test_what_may_be_an_index_of_examples_is_not_cut_on_a_device(given, divides):
+    """Out of its range it would end the process there."""
+    call = ModelCall(tuple(given), {}, (torch.empty(0), []))
+    part = Part(nn.MSELoss(), torch.zeros(8, 1, device="meta"), (), [], call=call)
+    assert sampling._divides(part, 8) == divides
+    on_host = dataclasses.replace(part, output=torch.zeros(8, 1))
+    assert sampling._divides(on_host, 8) == any(len(t) == 8 for t in given)
 
 
 @pytest.mark.parametrize("what", ["input", "criterion twice"])

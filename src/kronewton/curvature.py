@@ -242,6 +242,16 @@ class Curvature:
         work = [(rows * sizes.get(name, 0), rows) for name, rows in self.rows.items()]
         return max(work, default=(0, 0))[1]
 
+    @property
+    def trained_terms(self) -> list[str]:
+        """The terms that are known of layers which are trained now: a batch should tell of each."""
+        return [
+            term
+            for name, layer in self.layers.items()
+            if any(p.requires_grad for p in layer.whole().values())
+            for term in self.terms(name)
+        ]
+
     def forget_batch(self) -> None:
         """Let go of the step's rows a and b."""
         self._batch = {}

@@ -333,7 +333,8 @@ class KFAC(Optimizer):
         """Renew the factors by what was captured, or is now sampled from the step's batch."""
         rows, turn = self._rows(planner), self._steps // planner.intervals()[0]
         if rows is not None and self._captures(planner) and not watcher.capturing:
-            if self._sampler.sample(parts, rows, self._curvature.most_rows, turn):
+            known, terms = self._curvature.most_rows, self._curvature.trained_terms
+            if self._sampler.sample(parts, rows, known, turn, terms):
                 rows = None  # all that were taken
             else:
                 self._lost = True  # then in the training's next pass

@@ -210,6 +210,10 @@ class Replayer:
                 return path[0].output(lambda: self.model(*call.args, **call.kwargs))
             return follow(self.model(*call.args, **call.kwargs), path)
 
+    def kept_buffers(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, buffers may change; afterwards they are as before."""
+        return _kept_buffers(self._buffers)
+
     def unfuse(self, error: str) -> bool:
         """Do without the functions that an error names; False if it names none, or no new one."""
         named = {words for words in UNFUSED if words in error} - self.unfused

@@ -10,8 +10,8 @@ which its running ones tell; what flows back through these moments is left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -25,11 +25,12 @@ from kronewton.capture import Watcher
 from kronewton.factors import PART, in_turn
 from kronewton.fisher import Fisher
 from kronewton.part import Part
-from kronewton.replay import Inner, ModelCall, Path, Replayer
+from kronewton.replay import Inner, ModelCall, Path, Replayer, leaves
 from kronewton.rows import joined
 
 MOST = 0.5  # of a batch, for a pass of its own to pay
-SAME, SAME_HALF = 1e-3, 3e-2  # relative difference of outputs that rounding may make
+SAME = 1e-3  # of what examples' outputs differ by, that rounding may make
+ROUNDING, SAME_HALF = 1e-5, 3e-2  # of the outputs themselves, in full precision and in half
 FROM = 3  # the age from which on: the first captures compare a loss with its criteria
 
 
@@ -49,49 +50,66 @@ class Sampler:
             return False
         return not any(map(_mixes, self.replayer.modules))
 
-    def sample(self, parts: Sequence[Part], rows: int | None, known: int, turn: int) -> bool:
+    def sample(
+        self, parts: Sequence[Part], rows: int | None, known: int, turn: int, terms: Collection[str]
+    ) -> bool:
         """Fill in the statistics of the step's batch; False if that can't be done from a part.
 
-        turn: which examples, others in every one.
+        turn: which examples, others in every one. terms: what they must be of.
         """
         if rows is None or len(parts) != 1:
             return False
         (part,) = parts
-        if (
-            part.call is None
-            or not rerunnable(part)
-            or any(isinstance(k, Inner) for k in part.path)
-        ):
+        if not self._repeats(part):
             return False
         whole = part.output if part.bridge is None else part.bridge.source
         N = len(whole) if whole.dim() else 0
         count = math.ceil(_share(rows, known) * N)
-        if not 0 < count <= MOST * N:
+        if not 0 < count <= MOST * N or not _divides(part, N):
             return False
         within = slice(*in_turn(N, count, turn))
+        # Whatever a model refuses a part of its batch with: its own next pass is captured then.
+        with self.watcher.sampling(), suppress(Exception):
+            found = self._taken(part, within, N)
+            seen = [sum(math.prod(s.a.counts) for s in own) for own in found.statistics.values()]
+            if max(seen, default=0) >= rows and set(terms) <= set(found.statistics):
+                part.statistics, part.stands_for = found.statistics, N / count
+                return True
+        return False
+
+    def _repeats(self, part: Part) -> bool:
+        """Whether one call of the model on its arguments is all that led to a part's output."""
+        if part.call is None or not rerunnable(part):
+            return False
+        if any(isinstance(k, Inner) for k in part.path):
+            return False
+        # A matrix that the criterion's input depends on beside the model's output.
+        if part.bridge is not None and self.watcher.filing.unexplained:
+            return False
+        given = (t for _, t in leaves((part.call.args, part.call.kwargs)))
+        return not any(t.grad_fn is not None for t in given)  # of calls before this one
+
+    def _taken(self, part: Part, within: slice, N: int) -> Part:
+        """The same part with the statistics of some of its N examples; without, if they differ."""
+        assert part.call is not None
+        whole = part.output if part.bridge is None else part.bridge.source
         call = replace(
             part.call,
             args=_cut(part.call.args, N, within),
             kwargs=_cut(part.call.kwargs, N, within),
         )
-        weights = part.curvature().weights
-        if weights.dim() and len(weights) % N == 0:
-            T = len(weights) // N  # positions of an example one after the other
-            weights = weights[within.start * T : within.stop * T]
-        with self.watcher.sampling():
-            try:
-                with nullcontext() if call.autocast is None else call.autocast.again():
-                    output = self._run(call, part.path, N / count)
-            except (ValueError, RuntimeError, ArithmeticError, AssertionError, LookupError):
-                return False  # its arguments can't be cut
-            bound = SAME_HALF if half(parts) else SAME
-            if not _same(output.detach(), whole[within], bound):
-                return False
-            drawn = self._cotangents(part, within, math.sqrt(N / count))
-            calls = self.watcher.known_calls()
-            found = self.watcher.file(part, calls, output, drawn, weights)
-        part.stands_for = N / count
-        part.statistics = {term: joined(seen) for term, seen in part.statistics.items()}
+        times = N / (within.stop - within.start)
+        found = replace(part, statistics={})
+        with nullcontext() if call.autocast is None else call.autocast.again():
+            output = self._run(call, part.path, times)
+        if not _same(output.detach(), _turned(whole, within), half([part])):
+            return found
+        weights = _weights(part.curvature().weights, N, within)
+        drawn = list(self._cotangents(part, within, math.sqrt(times)))
+        # A checkpointed part of the model is run once more in the backward pass.
+        with self.replayer.kept_buffers():
+            self.watcher.file(found, self.watcher.known_calls(), output, drawn, weights)
+        found.statistics = {term: joined(seen) for term, seen in found.statistics.items()}
         return found
 
     def _run(self, call: ModelCall, path: Path, times: float) -> Tensor:
@@ -111,7 +129,7 @@ class Sampler:
         """At some of the model's output: fewer stand for all."""
         for drawn in self.fisher.cotangents(part.curvature()):
             u = drawn if part.bridge is None else part.bridge.pull(drawn)
-            yield u[within] * size
+            yield _turned(u, within) * size
 
 
 class _Moments:
@@ -164,19 +182,55 @@ def _mixes(module: nn.Module) -> bool:
     return draws or recurrent or attends
 
 
-def _same(some: Tensor, wanted: Tensor, bound: float) -> bool:
-    """Whether outputs differ by rounding alone."""
+def _divides(part: Part, N: int) -> bool:
+    """Whether a part of the arguments is examples, and none an index of what else would be cut."""
+    assert part.call is not None
+    given = [t for _, t in leaves((part.call.args, part.call.kwargs)) if t.dim()]
+    cut = [len(t) == N for t in given]
+    if not any(cut) or part.output.device.type == "cpu":
+        return any(cut)
+    # An index that is out of its range is an error here, and the end of a process on a device.
+    numbers = [
+        not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool) for t in given
+    ]
+    return not any(numbers) or (all(cut) and all(numbers))
+
+
+def _same(some: Tensor, wanted: Tensor, half: bool) -> bool:
+    """Whether outputs differ by rounding alone, beside which examples differ."""
     if some.shape != wanted.shape:
         return False
     some, wanted = some.double(), wanted.double()
-    return bool((some - wanted).norm() <= bound * wanted.norm())
+    if half:
+        bound = SAME_HALF * wanted.norm()
+    else:
+        bound = SAME * (wanted - wanted.mean(0)).norm() + ROUNDING * wanted.norm()
+    return bool((some - wanted).norm() <= bound)
+
+
+def _turned(t: Tensor, within: slice) -> Tensor:
+    """Some of the examples, the last one first.
+
+    Where what stands first is time and not examples, each then lacks its past, and outputs tell.
+    """
+    return t[within].flip(0)
+
+
+def _weights(weights: Tensor, N: int, within: slice) -> Tensor:
+    """The weights of some examples' positions, one after the other or (N, *positions)."""
+    if not weights.dim() or len(weights) % N:
+        return weights
+    T = len(weights) // N
+    some = weights[within.start * T : within.stop * T]
+    # One number for all, expanded, stays one.
+    return some.unflatten(0, (-1, T)).flip(0).flatten(0, 1) if any(weights.stride()) else some
 
 
 def _cut(value: Any, N: int, within: slice) -> Any:
     """Some of the examples in a nest of tensors."""
     if isinstance(value, Tensor):
-        return value[within] if value.dim() and len(value) == N else value
-    if isinstance(value, dict):
+        return _turned(value, within) if value.dim() and len(value) == N else value
+    if type(value) is dict:
         return {key: _cut(item, N, within) for key, item in value.items()}
     if type(value) in (tuple, list):
         return type(value)(_cut(item, N, within) for item in value)
