@@ -607,3 +607,28 @@ def test_where_little_of_the_promise_comes_the_losses_own_bend_is_the_ceiling(
     # As a share of slope·lr: the outputs' −0.2, or the parabola's 2(change − along)/along.
     expected = 2 * (kept * 0.9 - 1) if own_bend else -0.2
     assert seen["bend"] * planner.lr == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_step_that_is_not_tried_keeps_below_the_ceiling(monkeypatch):
+    torch.manual_seed(0)
+    model, criterion = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), nn.MSELoss()
+    optimizer = kn.KFAC(model, criterion, basis="adam")
+    seen: list[bool] = []
+    own = Pacing.lr
+
+    def watched(self: Pacing, pace: Pace, tried: bool = True) -> float:
+        found = own(self, pace, tried)
+        if not tried:
+            assert found <= max(0.7 * pace.ceiling, self.lowest)
+        seen.append(tried)
+        return found
+
+    monkeypatch.setattr(Pacing, "lr", watched)
+    for _ in range(30):
+        optimizer.zero_grad()
+        criterion(model(torch.randn(64, 6)), torch.randn(64, 3)).backward()
+        optimizer.step()
+    assert False in seen
+    bound = replace(optimizer._planner.pace, lr=0.1, ceiling=0.05, limit=math.inf)
+    assert own(Pacing(), bound) == 0.05
+    assert own(Pacing(), bound, tried=False) == pytest.approx(0.035)
