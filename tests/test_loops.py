@@ -78,6 +78,27 @@ def test_a_grad_scaler_changes_nothing(fisher, criterion, options, clip):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("N", [6, 600])  # in sums over the second half precision overflows
+@ALL_FISHERS
+def test_the_first_scale_of_a_scaler_is_infinite_in_half_precision(fisher, N):
+    run = Scaled(2.0**16, fisher=fisher)
+    run.model.float()
+    x, y = batches(1, N)[0]
+    losses = []
+    for _ in range(8):
+        run.optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = run.criterion(run.model(x.float()), y)
+        run.scaler.scale(loss).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", KronewtonWarning)  # nothing is unwatched here
+            run.scaler.step(run.optimizer)
+        run.scaler.update()
+        losses.append(float(loss.detach()))
+    told = run.optimizer.diagnostics()
+    assert losses[-1] < 0.95 * losses[0] and not told["skipped"] and told["predicted"] < 0
+
+
 @ALL_FISHERS
 def test_a_scaler_and_unequal_parts_are_the_batch(fisher):
     plain, scaled = (Scaled(s, fisher=fisher, **PINNED) for s in (None, 2.0**16))

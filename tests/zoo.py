@@ -64,15 +64,20 @@ def hooks_of(modules: nn.Module) -> list[Any]:
     return [hook for store in stores if store for hook in store.values()]
 
 
-def train(entry: Entry, steps: int = 6, **options: Any) -> Trained:
+def train(
+    entry: Entry, steps: int = 6, device: torch.device | None = None, **options: Any
+) -> Trained:
     """The loop: full batch, defaults except for the entry's options and those given here.
 
+    device: where model and batch are made, and losses computed; the optimizer is not told.
     The last losses are those after the last step.
     """
+    place = torch.get_default_device() if device is None else device
     torch.manual_seed(0)
-    model, criterion = entry.make()
-    torch.manual_seed(1)
-    batch = entry.batch()
+    with place:
+        model, criterion = entry.make()
+        torch.manual_seed(1)
+        batch = entry.batch()
     losses_of = entry.loss if isinstance(entry.loss, tuple) else (entry.loss,)
     chosen = {**entry.options, **options}
     criteria = criterion if isinstance(criterion, tuple) else (criterion,)
@@ -86,7 +91,8 @@ def train(entry: Entry, steps: int = 6, **options: Any) -> Trained:
         losses.append([])
         for optimizer, loss_of in zip(optimizers, losses_of, strict=True):
             optimizer.zero_grad()
-            loss = loss_of(model, criterion, batch)
+            with place:
+                loss = loss_of(model, criterion, batch)
             loss.backward()
             before = before or {n: p.detach().clone() for n, p in model.named_parameters()}
             moving |= {
@@ -94,7 +100,8 @@ def train(entry: Entry, steps: int = 6, **options: Any) -> Trained:
             }
             optimizer.step()
             losses[-1].append(float(loss.detach()))
-    losses.append([float(loss_of(model, criterion, batch).detach()) for loss_of in losses_of])
+    with place:
+        losses.append([float(loss_of(model, criterion, batch).detach()) for loss_of in losses_of])
     return Trained(model, optimizers, losses, before, moving, modules, hooks)
 
 

@@ -26,6 +26,7 @@ from kronewton.fisher import Fisher
 from kronewton.graph import folded, leads_to, pulled
 from kronewton.hooks import Arrival, Commit, Hook, Received, remove
 from kronewton.layers import TURNED, Call, Found, Layer, Seen
+from kronewton.layers.base import at_least_float32
 from kronewton.layers.functional import matrices, sightings
 from kronewton.losses import check, check_values
 from kronewton.part import LayerCall, Part
@@ -266,13 +267,14 @@ class Watcher:
         if not self._checking or not known:
             return
         self._to_check -= 1
-        rest = dict(self._received)
+        half = any(g.dtype not in (torch.float32, torch.float64) for g in self._received.values())
+        # A scaler's first scale, 65536, is infinite in half precision.
+        rest = {i: at_least_float32(g) for i, g in self._received.items()}
         for part in parts:
             for i, g in part.expected.items():
                 if part.weight is not None and i in rest:
-                    rest[i] = rest[i] - part.weight * g
+                    rest[i] = rest[i] - part.weight * at_least_float32(g)
         left, whole = (_length(gradients) for gradients in (rest, self._received))
-        half = any(g.dtype not in (torch.float32, torch.float64) for g in rest.values())
         if bool(left > (0.3 if half else SHARE) * whole):
             self.partial = (
                 "the gradient in the model's outputs is not that of "

@@ -82,12 +82,13 @@ class Commit:
         if watcher is None or watcher.inert or (self._rather and self._rather.called):
             return
         self.called = True
-        weight = gradient.detach()
+        weight = at_least_float32(gradient.detach())
         if self._expected is not None:
             # Projected on the criterion's own gradient: the loss is a multiple of the criterion.
-            expected = self._expected
-            weight = (weight * expected).sum() / expected.square().sum().clamp_min(1e-30)
-        watcher.commit(self._part, at_least_float32(weight))
+            wide, expected = weight.double(), self._expected.double()
+            wide = (wide * expected).sum() / expected.square().sum().clamp_min(1e-30)
+            weight = wide.to(weight.dtype)
+        watcher.commit(self._part, weight)
 
 
 class Received:

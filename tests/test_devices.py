@@ -1,0 +1,128 @@
+"""On accelerators, where this machine has one: the same steps as on the CPU, and nothing misplaced.
+
+`pytest --device cuda` runs the rest of the suite there.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kronewton as kn
+from zoo import ZOO, Entry, Trained, train
+
+DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+pytestmark = pytest.mark.skipif(DEVICE is None, reason="there is no accelerator")
+
+PINNED = {"damping": 1e-2, "lr": 0.1, "momentum": 0.5}
+OPTIONS = [
+    {},
+    PINNED,
+    {"basis": "adam"},
+    {"basis": "factored"},
+    {"basis": "corrected", "damping": 1e-2},
+    {"refine": 2},
+    {"fisher": "empirical"},
+    {"sharing": "best"},
+    {"averaging": 0.9},
+]
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(3)
+    conv, norm, fc = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Linear(4 * 9, 5)
+    return nn.Sequential(conv, norm, nn.ReLU(), nn.Flatten(), fc)
+
+
+def batches(n: int) -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(4)
+    return [(torch.randn(12, 1, 3, 3), torch.randint(5, (12,))) for _ in range(n)]
+
+
+def run(device, steps: int, **options):
+    """Train on the same few batches; the weights afterwards, on the CPU, and what made them."""
+    model, criterion = net().to(device, torch.float64), nn.CrossEntropyLoss()
+    optimizer = kn.KFAC(model, criterion, **options)
+    for x, y in batches(steps):
+        optimizer.zero_grad()
+        criterion(model(x.to(device, torch.float64)), y.to(device)).backward()
+        optimizer.step()
+    return nn.utils.parameters_to_vector(model.parameters()).detach().cpu(), optimizer, model
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_same_steps_as_on_the_cpu(options):
+    ours, optimizer, model = run(DEVICE, 8, **options)
+    theirs, _, _ = run("cpu", 8, **options)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+    for p, kept in optimizer.state.items():
+        assert all(t.device == p.device for t in kept.values() if t.dim())
+
+
+@pytest.mark.parametrize("options", [{}, PINNED, {"basis": "adam"}], ids=str)
+def test_a_state_goes_from_one_device_to_the_other(options):
+    _, optimizer, model = run(DEVICE, 4, **options)
+    stream = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, stream)
+    stream.seek(0)
+    saved = torch.load(stream, map_location="cpu", weights_only=True)
+    ends = []
+    for device in (DEVICE, "cpu"):
+        other, criterion = net().to(device, torch.float64), nn.CrossEntropyLoss()
+        other.load_state_dict(saved["model"])
+        resumed = kn.KFAC(other, criterion, **options)
+        resumed.load_state_dict(saved["optimizer"])
+        for x, y in batches(8)[4:]:
+            resumed.zero_grad()
+            criterion(other(x.to(device, torch.float64)), y.to(device)).backward()
+            resumed.step()
+        ends.append(nn.utils.parameters_to_vector(other.parameters()).detach().cpu())
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(ends[0], run(DEVICE, 8, **options)[0], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, PINNED, {"basis": "adam"}], ids=str)
+def test_autocast_and_the_scaler(options, half):
+    model, criterion = net().to(DEVICE), nn.CrossEntropyLoss()
+    optimizer = kn.KFAC(model, criterion, **options)
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=half == torch.float16)
+    x, y = (t.to(DEVICE) for t in batches(1)[0])
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        with torch.autocast(DEVICE.type, half):
+            loss = criterion(model(x), y)
+        scaler.scale(loss).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", kn.errors.KronewtonWarning)
+            scaler.step(optimizer)
+        scaler.update()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0] and not optimizer.diagnostics()["skipped"]
+
+
+def _case(entry: Entry):
+    marks = [pytest.mark.xfail(reason=entry.fails, strict=False)] if entry.fails else []
+    return pytest.param(entry, id=entry.name, marks=marks)
+
+
+@pytest.mark.parametrize("entry", [_case(entry) for entry in ZOO if not entry.refused])
+def test_the_zoo(entry: Entry) -> None:
+    if entry.needs:
+        package, how = entry.needs
+        pytest.importorskip(package, reason=f"{package} is not installed: {how}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trained: Trained = train(entry, device=DEVICE)
+    now = dict(trained.model.named_parameters())
+    assert all(p.device.type == DEVICE.type and bool(p.isfinite().all()) for p in now.values())
+    same = {n for n, p in now.items() if torch.equal(p, trained.before[n])}
+    assert same == now.keys() - trained.moving
+    if not entry.rises:
+        first, last = trained.losses[0], trained.losses[-1]
+        assert all(b <= a + 0.2 * abs(a) for a, b in zip(first, last, strict=True))
