@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import warnings
 
 import pytest
@@ -46,7 +47,7 @@ def batches(n: int) -> list[tuple[Tensor, Tensor]]:
 def run(device, steps: int, **options):
     """Train on the same few batches; the weights afterwards, on the CPU, and what made them."""
     model, criterion = net().to(device, torch.float64), nn.CrossEntropyLoss()
-    optimizer = kn.KFAC(model, criterion, **options)
+    optimizer = kn.KFAC(model, criterion, **{"fisher": "exact", **options})  # nothing is drawn
     for x, y in batches(steps):
         optimizer.zero_grad()
         criterion(model(x.to(device, torch.float64)), y.to(device)).backward()
@@ -56,7 +57,7 @@ def run(device, steps: int, **options):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_same_steps_as_on_the_cpu(options):
-    ours, optimizer, model = run(DEVICE, 8, **options)
+    ours, optimizer, _ = run(DEVICE, 8, **options)
     theirs, _, _ = run("cpu", 8, **options)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
     for p, kept in optimizer.state.items():
@@ -74,7 +75,7 @@ def test_a_state_goes_from_one_device_to_the_other(options):
     for device in (DEVICE, "cpu"):
         other, criterion = net().to(device, torch.float64), nn.CrossEntropyLoss()
         other.load_state_dict(saved["model"])
-        resumed = kn.KFAC(other, criterion, **options)
+        resumed = kn.KFAC(other, criterion, **{"fisher": "exact", **options})
         resumed.load_state_dict(saved["optimizer"])
         for x, y in batches(8)[4:]:
             resumed.zero_grad()
@@ -103,7 +104,61 @@ def test_autocast_and_the_scaler(options, half):
             scaler.step(optimizer)
         scaler.update()
         losses.append(float(loss.detach()))
-    assert losses[-1] < 0.7 * losses[0] and not optimizer.diagnostics()["skipped"]
+    assert losses[-1] < 0.7 * losses[0]
+    assert not optimizer.diagnostics()["skipped"]
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_compiled(when, mode):
+    if shutil.which("g++") is None:
+        pytest.skip("there is no C++ compiler")
+    torch.compiler.reset()
+    ends = []
+    for compiles in (False, True):
+        model, criterion = net().to(DEVICE, torch.float64), nn.CrossEntropyLoss()
+        run = torch.compile(model, mode=mode) if compiles and when == "before" else model
+        optimizer = kn.KFAC(run, criterion, fisher="exact")
+        run = torch.compile(model, mode=mode) if compiles and when == "after" else run
+        for x, y in batches(8):
+            optimizer.zero_grad()
+            criterion(run(x.to(DEVICE, torch.float64)), y.to(DEVICE)).backward()
+            optimizer.step()
+        ends.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+    assert (ends[0] - ends[1]).norm() <= 1e-5 * ends[0].norm()
+
+
+@pytest.mark.parametrize("fisher", ["exact", "sampled", "empirical"])
+@pytest.mark.parametrize("kind", [nn.RNNCell, nn.GRUCell, nn.LSTMCell, nn.RNN, nn.GRU, nn.LSTM])
+def test_fused_recurrences(kind, fisher):
+    with DEVICE:
+        torch.manual_seed(0)
+        cell, out, start = kind(4, 6), nn.Linear(6, 3), torch.zeros(5, 6)
+        model, criterion = nn.ModuleList([cell, out]), nn.CrossEntropyLoss()
+        x, y = torch.randn(7, 5, 4), torch.randint(3, (5,))
+
+    def run(model: nn.ModuleList) -> Tensor:
+        cell, out = model
+        if not isinstance(cell, nn.RNNCellBase):
+            return out(cell(x)[0][-1])
+        state = (start, start) if isinstance(cell, nn.LSTMCell) else start
+        for t in x:
+            state = cell(t, state)
+        return out(state[0] if isinstance(state, tuple) else state)
+
+    model.forward = lambda: run(model)  # type: ignore[method-assign]
+    optimizer = kn.KFAC(model, criterion, fisher=fisher)
+    losses = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", kn.errors.KronewtonWarning)
+        warnings.filterwarnings("ignore", "torch has no forward mode")
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss = criterion(model(), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def _case(entry: Entry):

@@ -69,7 +69,7 @@ def train(
 ) -> Trained:
     """The loop: full batch, defaults except for the entry's options and those given here.
 
-    device: where model and batch are made, and losses computed; the optimizer is not told.
+    device: where all is made that no device is said for, now and in reruns.
     The last losses are those after the last step.
     """
     place = torch.get_default_device() if device is None else device
@@ -98,7 +98,8 @@ def train(
             moving |= {
                 n for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())
             }
-            optimizer.step()
+            with place:
+                optimizer.step()
             losses[-1].append(float(loss.detach()))
     with place:
         losses.append([float(loss_of(model, criterion, batch).detach()) for loss_of in losses_of])
@@ -634,10 +635,11 @@ class PackedTagger(nn.Module):
 
 
 def ragged() -> tuple[Tensor, Tensor, Tensor]:
-    lengths = torch.tensor([3, 6, 2, 5, 6, 4])
-    there = torch.arange(LENGTH) < lengths[:, None]
+    lengths = torch.tensor([3, 6, 2, 5, 6, 4], device="cpu")  # where torch wants them
+    labels = torch.randint(CLASSES, (6, LENGTH))
+    there = torch.arange(LENGTH) < lengths.to(labels.device)[:, None]
     tokens = torch.randint(1, VOCABULARY, (6, LENGTH)) * there
-    return tokens, lengths, torch.randint(CLASSES, (6, LENGTH)).masked_fill(~there, -100)
+    return tokens, lengths, labels.masked_fill(~there, -100)
 
 
 def tagging_loss(model: nn.Module, criterion: Any, batch: Any) -> Tensor:

@@ -114,8 +114,10 @@ class Arrival:
         """Forget the call: what it keeps may hold the output, in whose graph this hook is."""
         self._call = None
 
-    def __call__(self, gradient: Tensor) -> None:
+    def __call__(self, gradient: Tensor | None) -> None:
         watcher = self._watcher()
+        if gradient is None:  # a fused function's output that the loss does not use
+            return
         # With grad mode on it is a derivative that the loss is made of, and not the loss's own.
         if watcher is None or watcher.inert or torch.is_grad_enabled():
             return
@@ -126,8 +128,7 @@ class Arrival:
         """The same for a node of the graph, whose outputs' gradients come together."""
 
         def hook(gradients: tuple[Tensor, ...]) -> None:
-            if gradients[place] is not None:
-                self(gradients[place])
+            self(gradients[place])
 
         return hook
 

@@ -311,6 +311,7 @@ def _kept_buffers(tables: Sequence[dict[str, Tensor | None]]) -> Iterator[None]:
             table.update(buffers)
 
 
+@torch._disable_dynamo  # which can't follow it, where there are accelerators
 def random_state() -> tuple[Tensor, list[Tensor]]:
     """The state of torch's generators: the CPU's and every started accelerator's."""
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

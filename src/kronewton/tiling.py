@@ -166,7 +166,8 @@ class Tying:
         index = torch.stack([rows, columns])[:, outputs >= 0]
         ones = torch.ones(index.shape[1], dtype=dtype, device=index.device)
         size = (m * n, self.entries.numel())
-        return torch.sparse_coo_tensor(index, ones, size, check_invariants=False).coalesce()
+        with torch.sparse.check_sparse_tensor_invariants(enable=False):  # some torch warn if unsaid
+            return torch.sparse_coo_tensor(index, ones, size).coalesce()
 
     def read(self, A: Tensor) -> Tensor:
         """C_s A for every position: (n, N) → (groups, S, d_in, N)."""
