@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
@@ -311,11 +312,14 @@ def _kept_buffers(tables: Sequence[dict[str, Tensor | None]]) -> Iterator[None]:
             table.update(buffers)
 
 
-@torch._disable_dynamo  # which can't follow it, where there are accelerators
 def random_state() -> tuple[Tensor, list[Tensor]]:
     """The state of torch's generators: the CPU's and every started accelerator's."""
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return torch.get_rng_state(), devices
+    return torch.get_rng_state(), _device_states() if torch.cuda.is_initialized() else []
+
+
+@_disable_dynamo  # which can't follow what torch does here
+def _device_states() -> list[Tensor]:
+    return torch.cuda.get_rng_state_all()
 
 
 @contextlib.contextmanager
