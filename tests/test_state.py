@@ -326,6 +326,28 @@ def test_a_count_that_is_no_single_number_is_refused(count: Tensor) -> None:
     assert other.weights().equal(before)
 
 
+@pytest.mark.parametrize("basis", BASES)
+def test_an_inverse_of_other_shapes_is_refused_before_anything_changes(basis: str) -> None:
+    saved = Run(basis=basis).steps(range(2)).optimizer.state_dict()
+    keys = [
+        (i, key)
+        for i, kept in saved["state"].items()
+        for key, found in kept.items()
+        if "inverse_" in key and found.numel()
+    ]
+    assert len(keys) >= 4
+    for i, key in keys:
+        damaged = copy.deepcopy(saved)
+        damaged["state"][i][key] = damaged["state"][i][key][..., 1:]
+        other = Run(basis=basis)
+        before = other.weights()
+        with pytest.raises(
+            StateError, match=r"of an inverse of shape \(.*\) for layer '.*', which"
+        ):
+            other.optimizer.load_state_dict(damaged)
+        assert other.weights().equal(before)
+
+
 @pytest.mark.parametrize("basis", ["factored", "eigen", "corrected", "adam"])
 def test_a_state_that_lacks_any_part_of_a_layer_is_refused_by_name(basis: str) -> None:
     torch.manual_seed(0)

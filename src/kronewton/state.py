@@ -207,6 +207,7 @@ def _require_same_layer(layer: Layer, kept: Mapping[str, Tensor], largest: int) 
         found = kept[f"moments_{key}"]
         if found.shape not in (shape, torch.Size((shape.numel(), 1))):
             raise _of_another_model("a moment", found, owner, shape)
+    _require_inverse(owner, shape, {k: kept[f"inverse_{k}"] for k in inverse}, largest)
     d_out, d_in = shape[-2:]
     for key, tensor in kept.items():
         if not key.startswith(("A_total", "B_total")):
@@ -220,6 +221,27 @@ def _require_same_layer(layer: Layer, kept: Mapping[str, Tensor], largest: int) 
         if tensor.shape not in [torch.Size((*shape[:-2], *one)) for one in allowed]:
             wanted = torch.Size((*shape[:-2], *allowed[0]))
             raise _of_another_model("a factor", tensor, owner, wanted)
+
+
+def _require_inverse(
+    owner: str, shape: torch.Size, kept: Mapping[str, Tensor], largest: int
+) -> None:
+    """Raise StateError if parts of an inverse are not of a layer's sides, however those are kept."""
+    lead, (d_out, d_in) = shape[:-2], shape[-2:]
+    sides = {(d_in, d_out), (d_out, d_in), (1, shape.numel()), (shape.numel(), 1)}
+    stored = [
+        torch.Size((*lead, *way.stored(d)))
+        for d, other in sides
+        for way in (DENSE, DIAGONAL, side_of(d, other, largest))
+    ]
+    for key, found in kept.items():
+        if key == "s":
+            allowed = [shape, torch.Size((*lead, d_in, d_out)), torch.Size((shape.numel(), 1))]
+        else:
+            allowed = [*stored, torch.Size((0,))]  # a side's own axes
+        if found.shape not in allowed:
+            wanted = allowed[0] if key == "s" else torch.Size((*lead, d_in, d_in))
+            raise _of_another_model(f"{key} of an inverse", found, owner, wanted)
 
 
 def _require_tensors(owner: str, kept: Mapping[str, Any]) -> None:
