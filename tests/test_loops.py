@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.utils.checkpoint import checkpoint
 
-from kronewton import KFAC
-from kronewton.errors import KronewtonWarning
+from kronewton import KFAC, Preconditioner
+from kronewton.errors import KronewtonWarning, UnsupportedError
 
 ALL_FISHERS = pytest.mark.parametrize("fisher", ["exact", "sampled", "empirical"])
 PINNED = {"lr": 0.5, "momentum": 0.3, "damping": 0.05, "trust_region": None}
@@ -277,6 +277,26 @@ def run_with(
 def compiled_in_place(model: nn.Module) -> nn.Module:
     model.compile()
     return model
+
+
+def test_a_graph_of_a_step_is_refused(monkeypatch):
+    """As a CUDA graph would be that is being captured."""
+    (x, y), *_ = batches(1)
+    model, criterion = net(), nn.CrossEntropyLoss()
+    optimizer = KFAC(model, criterion)
+    criterion(model(x), y).backward()
+    before = vector(model)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(UnsupportedError, match=r"KFAC\.step\(\) can't be captured .*reduce-over"):
+        optimizer.step()
+    with pytest.raises(UnsupportedError, match=r"model that is watched .*reduce-overhead"):
+        model(x)
+    with pytest.raises(UnsupportedError, match=r"Preconditioner\.step\(\) can't be captured"):
+        Preconditioner(net(), criterion).step()
+    monkeypatch.undo()
+    optimizer.step()
+    assert not vector(model).equal(before)
 
 
 COMPILED = {"after": torch.compile, "in place": compiled_in_place}

@@ -42,7 +42,7 @@ from kronewton.part import Part
 from kronewton.plan import Plan, Steering
 from kronewton.planner import Planner
 from kronewton.quadratic import flattened
-from kronewton.replay import Replayer
+from kronewton.replay import Replayer, require_no_graph
 from kronewton.sampling import Sampler
 from kronewton.saving import Saved
 from kronewton.state import Ours, join_, require_mapping, split
@@ -208,6 +208,7 @@ class KFAC(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Make one step from the gradients and what was watched since the last one."""
+        require_no_graph("KFAC.step()")
         self._averages.require_outside("step()")
         loss, made = None, None
         if closure is not None:

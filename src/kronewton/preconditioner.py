@@ -20,6 +20,7 @@ from kronewton.layers.base import at_least_float32
 from kronewton.linalg import all_finite
 from kronewton.options import AUTO, LARGEST_SIDE, PreconditionerOptions, check_criteria
 from kronewton.part import Part
+from kronewton.replay import require_no_graph
 from kronewton.state import PRECONDITIONER_VERSION, require_preconditioners
 from kronewton.watched import Watched
 
@@ -144,8 +145,10 @@ class Preconditioner:
         scaler: a GradScaler in use, whose factor is in the statistics; call
         `scaler.unscale_(optimizer)` before, and what it finds not finite is not counted here.
         Statistics of gradients that were thrown away are thrown away with them.
-        Raises CriterionError if gradients do not come from the criterion, SkippedError.
+        Raises CriterionError if gradients do not come from the criterion, SkippedError, and
+        UnsupportedError while a CUDA graph is being captured.
         """
+        require_no_graph("Preconditioner.step()")
         if scaler is not None:
             _require_scaler(scaler)
         watched, watcher = self._watched, self._watcher

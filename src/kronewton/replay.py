@@ -20,6 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from kronewton.errors import UnsupportedError
+
 LISTS = ("_flat_weights", "_flat_weight_refs")  # of a recurrent module
 Buffers = list[tuple[dict[str, Any], str, Tensor]]  # a module's table, a name there, its tensor
 
@@ -319,7 +321,18 @@ def random_state() -> tuple[Tensor, list[Tensor]]:
 
 @_disable_dynamo  # which can't follow what torch does here
 def _device_states() -> list[Tensor]:
+    require_no_graph("A model that is watched")
     return torch.cuda.get_rng_state_all()
+
+
+def require_no_graph(what: str) -> None:
+    """Raise UnsupportedError while a CUDA graph is being captured."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError(
+            f"{what} can't be captured in a CUDA graph: what a step does is decided step by step, "
+            "and a graph would repeat one of them. Let torch.compile(model, "
+            "mode='reduce-overhead') make graphs of the model alone, and call step() as usual."
+        )
 
 
 @contextlib.contextmanager

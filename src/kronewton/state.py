@@ -226,7 +226,7 @@ def _require_same_layer(layer: Layer, kept: Mapping[str, Tensor], largest: int) 
 def _require_inverse(
     owner: str, shape: torch.Size, kept: Mapping[str, Tensor], largest: int
 ) -> None:
-    """Raise StateError if parts of an inverse are not of a layer's sides, however those are kept."""
+    """Raise StateError if parts of an inverse don't fit a layer's sides, however those are kept."""
     lead, (d_out, d_in) = shape[:-2], shape[-2:]
     sides = {(d_in, d_out), (d_out, d_in), (1, shape.numel()), (shape.numel(), 1)}
     stored = [
