@@ -187,6 +187,14 @@ def test_the_model_of_now_bounds_the_pace_where_it_is_below_the_running_one():
     assert running.ceiling < 100
 
 
+def test_a_ceiling_that_rises_does_not_lift_the_pace():
+    low = replace(Pace(), lr=0.002, ceiling=0.003, steps=40, square=1.0)
+    high = replace(low, ceiling=0.02)
+    assert PACING.agreed(high, -1.0).lr == 0.002  # 0.6 · 0.003 is lower, and 0.6 · 0.02 higher
+    assert PACING.agreed(low, -1.0).lr < 0.002
+    assert PACING.agreed(high, 1.0).lr > 0.002
+
+
 def test_agreement_raises_the_pace_and_disagreement_lowers_it():
     up = down = Pace(lr=0.01, steps=1)
     for _ in range(5):

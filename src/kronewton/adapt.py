@@ -191,8 +191,8 @@ class Pacing:
     1993, of the whole step): where the new gradient still wants the last step, lr grows, where it
     wants it back, lr falls. Both look one step ahead and would, with noise, stop at once what pays
     only later (Wu et al. 2018). Against that short sight `patience` is added to the agreement
-    where a step still gains more than two batches differ, and lr keeps to `least` of the ceiling
-    where that is not above `steady`.
+    where a step still gains more than two batches differ, and lr does not fall below `least` of the
+    ceiling where that is not above `steady`; nor does a ceiling that rises lift it.
     A model of the outputs knows nothing of what bends the loss beyond it. So a step is tried on its
     batch before it is made, now and then, and where little of what was promised comes, the parabola
     through the loss here, its slope and the loss there takes the model's place. Trials are in each
@@ -270,7 +270,7 @@ class Pacing:
         relative = min(1.0, max(-1.0, agreement / size)) if size > 0 else 0.0
         patience = self.patience * max(0.0, 1.0 - noise)
         lr = pace.lr * math.exp(self.sensitivity * (relative + patience))
-        low = max(self.lowest, min(self.steady, self.least * pace.ceiling))
+        low = max(self.lowest, min(self.steady, self.least * pace.ceiling, pace.lr))
         lr = min(max(lr, low), self.highest)
         return replace(pace, lr=lr, square=square)
 
