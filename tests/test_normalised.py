@@ -640,3 +640,31 @@ def test_a_step_that_is_not_tried_keeps_below_the_ceiling(monkeypatch):
     bound = replace(optimizer._planner.pace, lr=0.1, ceiling=0.05, limit=math.inf)
     assert own(Pacing(), bound) == 0.05
     assert own(Pacing(), bound, tried=False) == pytest.approx(0.035)
+
+
+class Widening(nn.CrossEntropyLoss):
+    """As on a GPU, where autocast takes the loss of half precision in float32."""
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return super().forward(output.float(), target)
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_in_half_precision_batches_of_like_losses_are_not_taken_for_one(again):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).float()
+    criterion = Widening()
+    optimizer = kn.KFAC(model, criterion)
+    x, y = torch.randn(8000, 8), torch.randint(4, (8000,))
+    kinds = []
+    for _ in range(20):
+        order = torch.randperm(8000)
+        if not again:
+            x, y = torch.randn(8000, 8), torch.randint(4, (8000,))
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = criterion(model(x[order].float()), y[order])
+        loss.backward()
+        optimizer.step()
+        kinds.append(float(optimizer.diagnostics()["normalised"]))
+    assert all(kinds) != again

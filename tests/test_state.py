@@ -258,7 +258,7 @@ def test_another_version_is_refused():
     run = Run().steps(range(2))
     state = copy.deepcopy(run.optimizer.state_dict())
     state["state"][0]["kfac_scalars"][0] = 99
-    assert "not one of this version's KFAC (format 6)" in refused(run, state)
+    assert "not one of this version's KFAC (format 7)" in refused(run, state)
     state["state"][0]["kfac_scalars"] = state["state"][0]["kfac_scalars"][:3]
     assert "not one of this version's KFAC" in refused(run, state)
 

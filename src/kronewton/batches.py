@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kronewton.part import Part
 from kronewton.quadratic import QuadraticModel, Term
-from kronewton.replay import Autocast, Replayer, versions
+from kronewton.replay import Autocast, Replayer, leaves, versions
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,23 @@ def same_loss(parts: Sequence[Part]) -> float:
     # Of the same batch in another order, whose sums are taken in half precision.
     half = [torch.finfo(p.output.dtype).eps for p in parts if p.output.dtype.itemsize == 2]
     return max([rounding(parts), *half])
+
+
+def mark(parts: Sequence[Part]) -> float:
+    """A number that a batch shares with itself in another order alone; NaN where its loss does.
+
+    In half precision a loss may be that of another batch: at 8,000 tokens they differ by less
+    than the outputs' rounding.
+    """
+    if same_loss(parts) <= rounding(parts):
+        return math.nan
+    total = 0.0
+    for part in parts:
+        assert part.call is not None
+        for _, t in leaves((part.call.args, part.call.kwargs, part.targets)):
+            real = torch.view_as_real(t) if t.is_complex() else t
+            total += float((1.7 * real.detach().double() + 0.3).cos().sum())
+    return total
 
 
 def half(parts: Sequence[Part]) -> bool:

@@ -25,7 +25,16 @@ from kronewton.adapt import (
     Settings,
     StepInfo,
 )
-from kronewton.batches import Batches, half, loss_of, rerunnable, rounding, same_loss, weight_of
+from kronewton.batches import (
+    Batches,
+    half,
+    loss_of,
+    mark,
+    rerunnable,
+    rounding,
+    same_loss,
+    weight_of,
+)
 from kronewton.curvature import ADAM, Curvature, due
 from kronewton.errors import NotPositiveDefinite
 from kronewton.normalised import FIRST_DECAY
@@ -89,7 +98,8 @@ class Planner:
         if not isinstance(options.damping, str):
             self.settings = Settings(options.damping, options.damping)
         self.asked = 0  # the step after which the rule was last asked
-        self.outcome: tuple[float, float] | None = None  # loss after a step, and its change
+        # Loss after a step, its change, and the mark of the batch.
+        self.outcome: tuple[float, float, float] | None = None
         self.noise: float | None = None
         self.undone = self.broken = 0
         self.partial = False  # the criteria are not the whole loss: no model of a part decides
@@ -195,10 +205,12 @@ class Planner:
     def look_back(self, parts: Sequence[Part]) -> None:
         """How far apart two batches are at one point, over what the last step gained."""
         if self.outcome is not None and self.models(parts):
-            after, change = self.outcome
+            after, change, marked = self.outcome
             difference = abs(loss_of(parts) - after)
-            if difference <= same_loss(parts) * abs(after):  # the same batch again, in any order
-                difference = 0.0
+            if difference <= same_loss(parts) * abs(after):  # the same batch again, in any order?
+                now = mark(parts)
+                again = math.isnan(now) or math.isclose(now, marked, rel_tol=1e-9, abs_tol=1e-6)
+                difference = 0.0 if again else max(difference, rounding(parts) * abs(after))
             self.noise = difference / max(abs(change), 1e-30)
             if not self.normalising:
                 # Where Newton's steps gain little they are not worth their price.
@@ -375,7 +387,7 @@ class Planner:
         )
         self.lr = min(lr, self.pacing.lr(self.pace))
         if self.lr == lr:
-            self.outcome = (trial.loss, change)
+            self.outcome = (trial.loss, change, mark(parts))
         share = self.lr / lr
         predicted = share * along + 0.5 * share**2 * trial.bend
         return Plan(direction, self.lr, 0.0, predicted=predicted)
@@ -569,7 +581,7 @@ class Planner:
         self.settings = self.rule.update(self.settings, info)
         self.asked = step + 1
         if math.isfinite(after) and not change > abs(plan.predicted) + shown:
-            self.outcome = (after, change)
+            self.outcome = (after, change, mark(parts))
             return True
         # Worse by more than it promised to be better.
         self.settings = replace(self.settings, damping=self.settings.damping * RAISE)

@@ -145,13 +145,14 @@ def _basis(numbers: Mapping[str, float | None]) -> str:
 
 def _of_planner(planner: Planner) -> dict[str, float | None]:
     """The numbers that the planner's next decisions depend on."""
-    settings, (after, change) = planner.settings, planner.outcome or (None, None)
+    settings, (after, change, marked) = planner.settings, planner.outcome or (None, None, None)
     return {
         "asked": planner.asked,
         **({} if settings is None else dict(zip(SETTINGS, astuple(settings), strict=True))),
         "noise_seen": planner.noise,
         "after": after,
         "change": change,
+        "mark": marked,
         "undone": planner.undone,
         "broken": planner.broken,
         "lr": planner.lr,
@@ -173,5 +174,6 @@ def _restore(planner: Planner, numbers: Mapping[str, float | None]) -> None:
     if isinstance(planner.options.damping, str):
         found = (math.nan if v is None else v for v in map(numbers.get, SETTINGS))
         planner.settings = None if numbers["noise"] is None else Settings(*found)
-    after, change = numbers["after"], numbers["change"]
-    planner.outcome = None if after is None or change is None else (after, change)
+    after, change, marked = (numbers[key] for key in ("after", "change", "mark"))
+    mark = math.nan if marked is None else marked
+    planner.outcome = None if after is None or change is None else (after, change, mark)

@@ -19,7 +19,7 @@ from kronewton.layers import ENTRIES, TURNED, Layer
 from kronewton.options import BASES, plain, shown
 from kronewton.structure import DENSE, DIAGONAL, side_of
 
-VERSION = 6
+VERSION = 7
 PRECONDITIONER_VERSION = 1
 Ours = Mapping[int, Mapping[str, Tensor]]  # our part of a state, by each parameter's number
 PREFIX = "kfac_"  # in front of every key of ours, beside those of the fallback
@@ -28,9 +28,9 @@ _PRECONDITIONERS = {
 }  # fmt: skip
 SCALARS = (
     "version", "steps", "asked", "capturing", "scale", "largest", "damping", "inverse_damping",
-    "probe", "noise", "noise_seen", "after", "change", "skipped", "undone", "broken", "lr", "basis",
-    "partial", "pace", "ceiling", "limit", "slope", "bend", "square", "paced", "look", "gap",
-    "restless",
+    "probe", "noise", "noise_seen", "after", "change", "mark", "skipped", "undone", "broken",
+    "lr", "basis", "partial", "pace", "ceiling", "limit", "slope", "bend", "square", "paced",
+    "look", "gap", "restless",
 )  # fmt: skip
 ADAMW = {"step", "exp_avg", "exp_avg_sq"}
 FACTORS = {"A_total", "A_count", "B_total", "B_count"}
