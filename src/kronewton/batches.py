@@ -16,6 +16,8 @@ from kronewton.part import Part
 from kronewton.quadratic import QuadraticModel, Term
 from kronewton.replay import Autocast, Replayer, leaves, versions
 
+MARKED = 64  # numbers of each example that its mark is of, about
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -158,9 +160,6 @@ def same_loss(parts: Sequence[Part]) -> float:
     # Of the same batch in another order, whose sums are taken in half precision.
     half = [torch.finfo(p.output.dtype).eps for p in parts if p.output.dtype.itemsize == 2]
     return max([rounding(parts), *half])
-
-
-MARKED = 64  # numbers of each example, about
 
 
 def mark(parts: Sequence[Part]) -> float:
