@@ -51,6 +51,7 @@ ADAM = "adam"  # the basis of normalised steps
 HOW = ("", TURNED, ENTRIES)  # a layer's matrix can be seen
 ENTRIES_DECAY = 0.95  # of running squares of gradients, at least
 RESTLESS_MEMORY = 20  # sides
+GROWN = 2.0  # times what they were: factors that are damaged
 LEAST = 1e-10  # of the scale over the largest that there was
 EIGEN = 4  # products of d×d matrices, that an eigendecomposition costs as much as
 EARLY = 4  # bases' prices in each of the first steps
@@ -97,6 +98,7 @@ class Curvature:
         self.largest = 0.0  # of all scales so far
         self.scale = 0.0  # mean eigenvalue of all blocks together, in units of the loss
         self._sound = 0.0, 0.0  # scale and largest, as they were before the batch
+        self._told: dict[str, float] = {}  # the traces of terms, after the last batch
         self.dropped = 0  # batches of a layer left out because they were not finite
         self.restless = 1.0  # running share of the sides whose basis had drifted when it was due
         self.failed = 0  # inversions that failed, the last good one being kept
@@ -133,14 +135,18 @@ class Curvature:
         rows: int | None = None,
         turn: int = 0,
         times: float = 1.0,
-    ) -> None:
+    ) -> bool:
         """Add one batch to the running factors of every term that took part in it.
 
         decay: the weight of what is known so far, against one for the batch. rows: how many are
         enough of a layer, None for all; turn: which ones, see `thinned`. times: how many rows of
         the batch each of these stands for.
+        Factors that have grown since the last batch, or whose product overflows, are damaged, and
+        let go of: every step would be next to nothing for as long as they are remembered. Whether
+        there were such is returned.
         """
         self._sound = self.scale, self.largest
+        before = self._traces() if observations else {}
         self.rows.update(dict.fromkeys(map(layer_of, observations), 0))
         for term, found in observations.items():
             seen = sum(math.prod(stats.a.counts) for stats, _ in found)
@@ -157,16 +163,39 @@ class Curvature:
                 # One draw says little about an entry: it takes the average of many.
                 own = max(decay, ENTRIES_DECAY) if term.endswith(ENTRIES) else decay
                 self._learn_term(term, batch, shared, own)
-        if observations and self.factors:
-            # In the layers' order, which a resumed training shares; not in the order of arrival.
-            every = [name + how for name in self.layers for how in HOW]
-            terms = [term for term in every if term in self.factors]
-            trace = torch.stack([self.factors[term].trace() for term in terms]).sum()
-            sizes = {layer_of(term): self.factors[term].size for term in terms}
-            scale = float(trace) / sum(sizes.values())
+        after = self._traces() if observations else {}
+        if not after:
+            return False
+        told = torch.stack([*before.values(), *after.values()]).tolist()  # one wait
+        was = dict(zip(before, told[: len(before)], strict=True))
+        now = dict(zip(after, told[len(before) :], strict=True))
+        damaged = {t for t in was if not was[t] <= GROWN * self._told.get(t, math.inf)}
+        damaged |= {t for t in now if not math.isfinite(now[t])}
+        self._let_go(damaged)
+        self.dropped += bool(damaged)
+        self._told = {t: now[t] for t in now if t in self.factors}
+        if self._told:
+            sizes = {layer_of(term): self.factors[term].size for term in self._told}
+            scale = math.fsum(self._told.values()) / sum(sizes.values())
             self.largest = max(self.largest, scale)
             # Where a loss is all but zero so is its curvature, and dampings must not follow.
             self.scale = max(scale, LEAST * self.largest)
+        return bool(damaged)
+
+    def _traces(self) -> dict[str, Tensor]:
+        """The trace of every term."""
+        # In the layers' order, which a resumed training shares; not in the order of arrival.
+        every = [name + how for name in self.layers for how in HOW]
+        return {term: self.factors[term].trace() for term in every if term in self.factors}
+
+    def _let_go(self, terms: Collection[str]) -> None:
+        """Let go of terms whose factors are damaged, and of inverses that are made from these."""
+        for term in terms:
+            self.factors.pop(term, None)
+            self._batch.pop(term, None)
+            # A damped inverse is made again from its factors; a basis can do without them.
+            if self.basis != ADAM:
+                self.inverses.pop(layer_of(term), None)
 
     def _shared(
         self, term: str, seen: Sequence[Observation], rows: int | None, turn: int
@@ -214,13 +243,10 @@ class Curvature:
         any_lost = False
         for name in self.layers:
             lost = [t for t in self.terms(name) if not all_finite(self.factors[t].totals())]
-            for term in lost:
-                del self.factors[term]
-                any_lost = True
-            # A damped inverse is made again from its factors; a basis can do without them.
+            self._let_go(lost)
+            any_lost |= bool(lost)
             inverse = self.inverses.get(name)
-            damped = bool(lost) and self.basis != ADAM
-            if inverse is not None and (damped or not all_finite(inverse.tensors().values())):
+            if inverse is not None and not all_finite(inverse.tensors().values()):
                 del self.inverses[name]
             moments = self.moments.get(name)
             if moments is not None and not all_finite(moments.tensors().values()):
@@ -234,6 +260,7 @@ class Curvature:
         self.factors, self.chosen = {}, {}
         self.change_basis(self.basis)
         self.scale = self.largest = 0.0
+        self._told = {}
 
     @property
     def most_rows(self) -> int:
@@ -382,8 +409,8 @@ class Curvature:
         for name, G in gradients.items():
             basis = self._eigen(name)
             if basis is not None:
-                rows = G.reshape(-1, 1) if self.terms(name) == [name + ENTRIES] else G
-                G = basis.rotate(rows.to(basis.s.dtype))
+                # The basis of entries has them in one column.
+                G = basis.rotate(G.reshape(basis.s.shape).to(basis.s.dtype))
             if name not in self.moments or self.moments[name].m.shape != G.shape:
                 self.moments[name] = Moments(G)
             moments.append(self.moments[name])

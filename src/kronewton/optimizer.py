@@ -339,7 +339,7 @@ class KFAC(Optimizer):
                 rows = None  # all that were taken
             else:
                 self._lost = True  # then in the training's next pass
-        self._watched.learn(parts, planner.decay(), rows, turn)
+        self._lost |= self._watched.learn(parts, planner.decay(), rows, turn)
 
     def _collected(self, watcher: Watcher) -> list[Part]:
         """The parts of this step, as terms of what is minimised."""

@@ -168,7 +168,7 @@ class Preconditioner:
         every = self._every("factor_every", FACTOR_EVERY)
         decay = self.options.factor_decay
         decay = FACTOR_DECAY if isinstance(decay, str) else decay
-        self._watched.learn(parts, decay)
+        self._lost |= self._watched.learn(parts, decay)
         if self._curvature.scale == 0 and self.options.damping == AUTO:
             self._skip(NO_CURVATURE)
         else:

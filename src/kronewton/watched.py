@@ -120,13 +120,13 @@ class Watched:
 
     def learn(
         self, parts: Sequence[Part], decay: float, rows: int | None = None, turn: int = 0
-    ) -> None:
+    ) -> bool:
         """Add a batch to the running factors, see `Curvature.learn`; say what is amiss with it."""
         assert self.model is not None
         assert self.watcher is not None
         seen = by_layer((part.statistics, part.weight) for part in parts)
         times = max((part.stands_for for part in parts), default=1.0)
-        self.curvature.learn(seen, decay, rows, turn, times)
+        lost = self.curvature.learn(seen, decay, rows, turn, times)
         owner, say = self.owner, self.concerns.say_all
         require_own_parameters([*self.layers, *self.guests], self.place, owner.name)
         if self.watcher.capturing or seen:
@@ -134,6 +134,7 @@ class Watched:
             say(of_unexplained(self.watcher.filing.unexplained))
             say(of_unseen(layers, {layer_of(term) for term in seen}, owner.name))
             say(of_new(self.model, self.known, owner))
+        return lost
 
     def say_what_is_new(self) -> None:
         """Say which parameters came later, where no other has a gradient."""
