@@ -240,7 +240,6 @@ def test_a_preconditioner_makes_its_factors_anew_when_they_have_grown():
     assert scales[-1] < 10 * scales[6]
 
 
-
 def warned(task: Task, count: int, fault: Callable[[Tensor], Tensor]) -> list[str]:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", KronewtonWarning)

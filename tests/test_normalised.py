@@ -16,7 +16,7 @@ from kronewton.adapt import Fixed, LevenbergMarquardt, Pace, Pacing, Settings
 from kronewton.batches import Trial, loss_of
 from kronewton.errors import KronewtonWarning, NotPositiveDefinite, OptionError, StateError
 from kronewton.inverse import eigen_basis
-from kronewton.normalised import FIRST_DECAY, SECOND_DECAY, Moments, normalised
+from kronewton.normalised import FIRST_DECAY, SECOND_DECAY, Moments, first_decay, normalised
 from kronewton.pair import Product, of_both
 from kronewton.planner import TRIALS
 from kronewton.quadratic import flattened
@@ -53,6 +53,41 @@ def test_without_a_curvature_it_is_adam_of_torch():
         at -= stepped(moments, drawn(3, 4, seed=k), FIRST_DECAY)
     # To the floor under the root, 1e-5 of the layer's root mean square.
     torch.testing.assert_close(at, parameter.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_mean_of_decays_that_differ_has_no_bias_of_its_start():
+    moments, decays = Moments(torch.zeros(3, 4)), (0.8, 0.9, 0.85, 0.8)
+    for k, decay in enumerate(decays):
+        found = stepped(moments, drawn(3, 4, seed=k), decay)
+    shares = [(1 - d) * math.prod(decays[k + 1 :]) for k, d in enumerate(decays)]
+    mean = sum(w * drawn(3, 4, seed=k) for k, w in enumerate(shares)) / sum(shares)
+    powers = [SECOND_DECAY ** (3 - k) for k in range(4)]
+    square = sum(w * drawn(3, 4, seed=k).square() for k, w in enumerate(powers)) / sum(powers)
+    torch.testing.assert_close(found, mean / square.sqrt(), rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_are_averaged_for_longer_where_steps_are_short():
+    assert first_decay(0.0) == first_decay(math.nan) == first_decay(0.1) == FIRST_DECAY
+    assert first_decay(1e-4) == first_decay(0.003) == 0.9
+    assert first_decay(0.0045) == pytest.approx(0.85)
+    decays = [first_decay(0.0001 * k) for k in range(1, 200)]
+    assert decays == sorted(decays, reverse=True)
+
+
+@pytest.mark.parametrize(("momentum", "wanted"), [("auto", 0.9), (0.7, 0.7)])
+def test_a_step_averages_by_the_lr_of_the_last_one_unless_momentum_is_given(momentum, wanted):
+    optimizer, *_ = training(3, noisy, basis="adam", momentum=momentum)
+    planner, asked = optimizer._planner, []
+    planner.lr = 0.004
+    normalise = planner.steering.normalised
+    planner.steering = replace(
+        planner.steering, normalised=lambda decay: asked.append(decay) or normalise(decay)
+    )
+    optimizer.param_groups[0]["lr"] = 0.5  # shortens the automatic one
+    gradient = flattened(optimizer._gradients())
+    planner.factor = optimizer._common_factor()
+    planner._normalised([], gradient, None)
+    assert asked == [pytest.approx(wanted)]
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e6])
@@ -169,6 +204,54 @@ def test_the_common_basis_diagonalises_the_partial_traces():
 
 
 # The pace.
+
+
+def heard(*losses: float) -> Pace:
+    """What twenty steps with such losses leave, between two trials."""
+    pace = Pace(lr=0.01)
+    for loss in losses:
+        pace = PACING.alarmed(pace, loss)
+    return replace(pace, steps=30, look=45, gap=20)
+
+
+USUAL = [2.0, 2.1, 1.9, 2.05, 1.95] * 4
+
+
+def test_a_loss_far_above_the_last_ones_is_a_reason_to_look_at_once():
+    pace = heard(*USUAL)
+    assert not PACING.looks(pace)
+    assert not PACING.looks(PACING.alarmed(pace, 2.15))
+    alarmed = PACING.alarmed(pace, 2.6)
+    assert PACING.looks(alarmed)
+    assert alarmed.gap == 1
+    assert alarmed.lr == pace.lr
+    assert not PACING.looks(PACING.alarmed(pace, 1.0))  # better is no reason
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+def test_the_alarm_has_no_unit(unit):
+    pace = heard(*[unit * x for x in USUAL])
+    assert not PACING.looks(PACING.alarmed(pace, 2.15 * unit))
+    assert PACING.looks(PACING.alarmed(pace, 2.6 * unit))
+
+
+def test_a_loss_that_jumps_between_trials_is_followed_by_a_trial_and_a_short_step():
+    optimizer, *_, model, criterion = training(60, noisy, basis="adam")
+    planner, tried = optimizer._planner, []
+    planner.pace = replace(planner.pace, look=10_000, gap=20, limit=math.inf)
+    trial = planner.batches.trial
+    planner.batches.trial = lambda *given: tried.append(1) or trial(*given)
+
+    def step(times: float) -> None:
+        x, y = noisy(61)
+        optimizer.zero_grad()
+        criterion(model(x), times * y).backward()
+        optimizer.step()
+
+    step(1.0)
+    assert not tried
+    step(30.0)
+    assert tried
 
 
 def test_the_quadratic_model_bounds_the_pace_from_above_but_for_a_lowest():
@@ -562,7 +645,7 @@ def test_a_training_that_changes_its_steps_is_resumed_bit_for_bit(cut):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda entry: entry.pop("kfac_moments_v"), "only m, steps of the moments"),
+        (lambda entry: entry.pop("kfac_moments_v"), "only left, m, steps of the moments"),
         (
             lambda entry: entry.update(kfac_moments_m=torch.zeros(2, 2)),
             r"a moment of shape \(2, 2\)",

@@ -178,6 +178,8 @@ class Pace:
     steps: int = 0
     look: int = 0  # the step at which the model is asked next
     gap: int = 0  # steps between its last two
+    loss: float = math.nan  # of batches, running
+    spread: float = 0.0  # their mean distance from it, running
 
 
 @dataclass(frozen=True)
@@ -215,10 +217,25 @@ class Pacing:
     sudden: float = 1.5
     rarest: int = 20
     untried: float = 0.7
+    loss_memory: float = 0.8
+    alarming: float = 4.0
 
     def looks(self, pace: Pace) -> bool:
         """Whether the model should be asked about the step that is made now."""
         return pace.steps >= pace.look
+
+    def alarmed(self, pace: Pace, loss: float) -> Pace:
+        """After a batch's loss is known: where it is far above the last ones, look at once."""
+        if math.isnan(pace.loss):
+            return replace(pace, loss=loss)
+        w, away = self.loss_memory, loss - pace.loss
+        alarm = pace.steps > self.first and away > self.alarming * pace.spread
+        pace = replace(
+            pace,
+            loss=w * pace.loss + (1 - w) * loss,
+            spread=w * pace.spread + (1 - w) * abs(away),
+        )
+        return replace(pace, look=pace.steps, gap=1) if alarm else pace
 
     def modelled(self, pace: Pace, slope: float, bend: float) -> Pace:
         """After the quadratic model was asked along this step: its slope, and Δ'CΔ, for lr 1."""

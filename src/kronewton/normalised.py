@@ -16,7 +16,8 @@ from torch import Tensor
 from kronewton.inverse import EigenInverse
 from kronewton.structure import DENSE, DIAGONAL, Structure
 
-FIRST_DECAY, SECOND_DECAY = 0.8, 0.95
+FIRST_DECAY, SLOW_DECAY, SECOND_DECAY = 0.8, 0.9, 0.95
+JOURNEY = 0.03  # of a coordinate, in which its gradient is as good as that of one place
 LEAST = 1e-5  # of a layer's root mean square: a coordinate's gradient below counts as this
 TINY = 1e-30
 
@@ -24,9 +25,10 @@ TINY = 1e-30
 class Moments:
     """Of one layer: m, the mean, and v, the mean square of its gradient in an eigenbasis."""
 
-    def __init__(self, like: Tensor, steps: int = 0) -> None:
+    def __init__(self, like: Tensor, steps: int = 0, left: float = 1.0) -> None:
         self.m, self.v = torch.zeros_like(like), torch.zeros_like(like)  # (…, d_out, d_in)
         self.steps = steps
+        self.left = left  # in m, of the zeros that it began with
 
     def turn_(self, old: EigenInverse | None, new: EigenInverse) -> None:
         """Carry both into a new basis: m exactly, v as if its coordinates were uncorrelated."""
@@ -49,7 +51,17 @@ class Moments:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that must be saved."""
-        return {"m": self.m, "v": self.v, "steps": self.m.new_tensor(float(self.steps))}
+        steps = self.m.new_tensor(float(self.steps))
+        left = torch.tensor(self.left, dtype=torch.float64, device=self.m.device)
+        return {"m": self.m, "v": self.v, "steps": steps, "left": left}
+
+
+def first_decay(lr: float) -> float:
+    """β₁ after a step of this lr: a mean of more gradients where they are of nearly one place.
+
+    m remembers 1/(1 − β₁) steps, in which every coordinate goes lr/(1 − β₁) at most.
+    """
+    return min(max(FIRST_DECAY, 1 - lr / JOURNEY), SLOW_DECAY) if lr > 0 else FIRST_DECAY
 
 
 def normalised(moments: Sequence[Moments], rotated: Sequence[Tensor], decay: float) -> list[Tensor]:
@@ -73,8 +85,9 @@ def normalised(moments: Sequence[Moments], rotated: Sequence[Tensor], decay: flo
     corrections = []
     for one in moments:
         one.steps += 1
-        # Both corrections are one number: m/(1 − β₁ⁿ) over √(v/(1 − β₂ⁿ)).
-        corrections.append(math.sqrt(1 - SECOND_DECAY**one.steps) / (1 - decay**one.steps))
+        one.left *= decay
+        # Both corrections are one number: m/(1 − Πβ₁) over √(v/(1 − β₂ⁿ)).
+        corrections.append(math.sqrt(1 - SECOND_DECAY**one.steps) / (1 - one.left))
     torch._foreach_mul_(found, corrections)
     return list(found)
 
@@ -91,6 +104,6 @@ def _carried(v: Tensor, before: Structure, U: Tensor, now: Structure, V: Tensor)
 
 def restored(kept: Mapping[str, Tensor]) -> Moments:
     """The inverse of `Moments.tensors`."""
-    moments = Moments(kept["m"], int(kept["steps"]))
+    moments = Moments(kept["m"], int(kept["steps"]), float(kept["left"]))
     moments.m, moments.v = kept["m"], kept["v"]
     return moments

@@ -37,7 +37,7 @@ from kronewton.batches import (
 )
 from kronewton.curvature import ADAM, Curvature, due
 from kronewton.errors import NotPositiveDefinite
-from kronewton.normalised import FIRST_DECAY
+from kronewton.normalised import first_decay
 from kronewton.options import AUTO, MOST, Options
 from kronewton.part import Part
 from kronewton.plan import Candidate, Plan, Steering
@@ -316,11 +316,13 @@ class Planner:
         if not math.isfinite(float(torch.dot(gradient, gradient)) + loss_of(parts)):
             return None
         options = self.options
-        decay = FIRST_DECAY if isinstance(options.momentum, str) else float(options.momentum)
+        given = options.momentum
+        decay = first_decay(self.lr * self.factor) if isinstance(given, str) else float(given)
         direction = self.steering.scaled(torch._foreach_neg(self.steering.normalised(decay)))
         if options.lr != AUTO:
             self.pace = replace(self.pace, steps=self.pace.steps + 1)
             return Plan(direction, 1.0, 0.0)
+        self.pace = self.pacing.alarmed(self.pace, loss_of(parts))
         looking = self.pacing.looks(self.pace) and self.models(parts)
         if looking and math.isinf(self.pace.ceiling):
             self.pace = self._bounded(self.pace, parts, gradient, direction)

@@ -30,7 +30,10 @@ from kronewton.watched import Watched
 NOT_OF_LAYERS = ("previous", "generator", "scalars", *SAVED)  # in a parameter's part of the state
 # The fields of the planner's values, as they are called among the scalars.
 SETTINGS = ("damping", "inverse_damping", "probe", "noise")
-PACE = ("pace", "ceiling", "limit", "slope", "bend", "square", "paced", "look", "gap")
+PACE = (
+    "pace", "ceiling", "limit", "slope", "bend", "square", "paced", "look", "gap", "pace_loss",
+    "pace_spread",
+)  # fmt: skip
 PARTIAL = "before its state was saved this training had a loss with terms that were not watched"
 
 

@@ -19,8 +19,9 @@ from kronewton.layers import ENTRIES, TURNED, Layer
 from kronewton.options import BASES, plain, shown
 from kronewton.structure import DENSE, DIAGONAL, side_of
 
-VERSION = 7
+VERSION = 8
 PRECONDITIONER_VERSION = 1
+MOMENTS = {"m", "v", "steps", "left"}
 Ours = Mapping[int, Mapping[str, Tensor]]  # our part of a state, by each parameter's number
 PREFIX = "kfac_"  # in front of every key of ours, beside those of the fallback
 _PRECONDITIONERS = {
@@ -30,7 +31,7 @@ SCALARS = (
     "version", "steps", "asked", "capturing", "scale", "largest", "damping", "inverse_damping",
     "probe", "noise", "noise_seen", "after", "change", "mark", "skipped", "undone", "broken",
     "lr", "basis", "partial", "pace", "ceiling", "limit", "slope", "bend", "square", "paced",
-    "look", "gap", "restless",
+    "look", "gap", "restless", "pace_loss", "pace_spread",
 )  # fmt: skip
 ADAMW = {"step", "exp_avg", "exp_avg_sq"}
 FACTORS = {"A_total", "A_count", "B_total", "B_count"}
@@ -197,13 +198,13 @@ def _require_same_layer(layer: Layer, kept: Mapping[str, Tensor], largest: int) 
             raise _of_another_model("a count", tensor, owner, torch.Size())
     shape = layer.kind.matrix(layer, layer.parameters()).shape
     moments = {k.removeprefix("moments_") for k in kept if k.startswith("moments_")}
-    _require_whole(owner, "moments m, v and steps", moments, [{"m", "v", "steps"}])
+    _require_whole(owner, "moments m, v, steps and left", moments, [MOMENTS])
     inverse = {k.removeprefix("inverse_") for k in kept if k.startswith("inverse_")}
     _require_whole(owner, "inverse", inverse, INVERSES)
     for how in ("", TURNED, ENTRIES):
         own = {part for part in FACTORS if part + how in kept}
         _require_whole(owner, "factors' totals and counts", own, [FACTORS])
-    for key in moments - {"steps"}:
+    for key in moments & {"m", "v"}:
         found = kept[f"moments_{key}"]
         if found.shape not in (shape, torch.Size((shape.numel(), 1))):
             raise _of_another_model("a moment", found, owner, shape)
