@@ -313,7 +313,8 @@ class Planner:
     ) -> Plan | None:
         """A step of Adam in the eigenbases, at the pace of the rule."""
         # What is not finite would stay in the moments.
-        if not math.isfinite(float(torch.dot(gradient, gradient)) + loss_of(parts)):
+        loss = loss_of(parts)
+        if not math.isfinite(float(torch.dot(gradient, gradient)) + loss):
             return None
         options = self.options
         given = options.momentum
@@ -322,7 +323,7 @@ class Planner:
         if options.lr != AUTO:
             self.pace = replace(self.pace, steps=self.pace.steps + 1)
             return Plan(direction, 1.0, 0.0)
-        self.pace = self.pacing.alarmed(self.pace, loss_of(parts))
+        self.pace = self.pacing.alarmed(self.pace, loss)
         looking = self.pacing.looks(self.pace) and self.models(parts)
         if looking and math.isinf(self.pace.ceiling):
             self.pace = self._bounded(self.pace, parts, gradient, direction)
