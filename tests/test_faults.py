@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -186,17 +187,80 @@ def test_factors_that_have_grown_by_themselves_are_made_anew(times, basis):
     assert float(told["lr"]) > 0
 
 
+@pytest.mark.parametrize("basis", EVERY)
+def test_the_batch_that_finds_damaged_factors_takes_their_place(basis):
+    task = Task(False, basis=basis, factor_every=1)
+    task.good(6)
+    for t in task.kept("factor"):
+        t.mul_(1e6)
+    task.good(1)
+    curvature = task.optimizer._curvature
+    assert set(curvature.factors) == {"0", "2", "3"}
+    assert curvature.scale == pytest.approx(
+        sum(float(f.trace()) for f in curvature.factors.values())
+        / sum(f.size for f in curvature.factors.values())
+    )
+    assert curvature.scale < 10
+
+
+@pytest.mark.parametrize("basis", [*EVERY, "auto"])
+def test_an_earlier_state_is_not_taken_for_factors_that_have_grown(basis):
+    def rolled(used: bool) -> Task:
+        task = Task(False, basis=basis)
+        task.good(3)
+        state = copy.deepcopy(task.optimizer.state_dict())
+        weights = copy.deepcopy(task.model.state_dict())
+        if used:
+            task.good(30)
+            for total in task.optimizer._curvature._told:  # as if it had fallen since
+                task.optimizer._curvature._told[total] *= 1e-3
+        task.number = 3
+        task.model.load_state_dict(weights)
+        task.optimizer.load_state_dict(state)
+        task.good(6)
+        assert float(task.optimizer.diagnostics()["dropped_statistics"]) == 0
+        return task
+
+    one, other = rolled(False), rolled(True)
+    for p, q in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        assert p.equal(q)
+
+
 class Unseen(nn.Module):
     """A matrix whose rows nobody sees: its block is of single entries, in one column."""
 
-    def __init__(self) -> None:
+    def __init__(self, d: int = 6, seen: bool = False) -> None:
         super().__init__()
-        self.first = nn.Linear(6, 5)
+        self.first = nn.Linear(d, 5)
         self.second = nn.Linear(5, 3)
+        self.seen = seen
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.seen:
+            return self.second(self.first(x).tanh())
         hidden = torch.einsum("ni,oi->no", x, self.first.weight) + self.first.bias
         return self.second(hidden.tanh())
+
+
+@pytest.mark.parametrize("basis", [*EVERY, "auto"])
+def test_rows_may_come_into_sight_where_damaged_entries_were(basis):
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 32, 100), torch.randint(3, (4, 32))
+    model, criterion = Unseen(100), nn.CrossEntropyLoss()
+    optimizer = KFAC(model, criterion, basis=basis, factor_every=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KronewtonWarning)
+        for k in range(20):
+            if k == 8:
+                for layer in optimizer._layers:
+                    for key, t in optimizer._curvature.tensors(layer.name).items():
+                        t.mul_(1e9 if "_total" in key else 1)
+            model.seen = k > 8
+            optimizer.zero_grad()
+            criterion(model(x[k % 4]), y[k % 4]).backward()
+            optimizer.step()
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    assert float(optimizer.diagnostics()["dropped_statistics"]) > 0
 
 
 @pytest.mark.parametrize("basis", [*EVERY, "auto"])

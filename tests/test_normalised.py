@@ -650,6 +650,14 @@ def test_a_training_that_changes_its_steps_is_resumed_bit_for_bit(cut):
             lambda entry: entry.update(kfac_moments_m=torch.zeros(2, 2)),
             r"a moment of shape \(2, 2\)",
         ),
+        (lambda entry: entry["kfac_moments_left"].fill_(1.25), "has 1.25 for the moments' left"),
+        (lambda entry: entry["kfac_moments_left"].fill_(math.nan), "has nan for the moments' left"),
+        (lambda entry: entry["kfac_moments_steps"].fill_(-1), "has -1 for the moments' steps"),
+        (lambda entry: entry["kfac_moments_steps"].fill_(math.inf), "has inf for the moments'"),
+        (
+            lambda entry: entry.update(kfac_moments_left=torch.zeros(2, 2)),
+            r"a number of moments of shape \(2, 2\)",
+        ),
     ],
 )
 def test_damaged_moments_are_refused(damage, message):

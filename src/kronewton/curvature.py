@@ -99,7 +99,7 @@ class Curvature:
         self.scale = 0.0  # mean eigenvalue of all blocks together, in units of the loss
         self._sound = 0.0, 0.0  # scale and largest, as they were before the batch
         self._told: dict[str, float] = {}  # the traces of terms, after the last batch
-        self.dropped = 0  # batches of a layer left out because they were not finite
+        self.dropped = 0  # batches of a layer that were not finite, or that found factors damaged
         self.restless = 1.0  # running share of the sides whose basis had drifted when it was due
         self.failed = 0  # inversions that failed, the last good one being kept
 
@@ -142,11 +142,12 @@ class Curvature:
         enough of a layer, None for all; turn: which ones, see `thinned`. times: how many rows of
         the batch each of these stands for.
         Factors that have grown since the last batch, or whose product overflows, are damaged, and
-        let go of: every step would be next to nothing for as long as they are remembered. Whether
-        there were such is returned.
+        begin afresh with this one: every step would be next to nothing for as long as they are
+        remembered. Whether there were such is returned.
         """
         self._sound = self.scale, self.largest
         before = self._traces() if observations else {}
+        learnt: dict[str, tuple[Factors, Sequence[Observation], float]] = {}
         self.rows.update(dict.fromkeys(map(layer_of, observations), 0))
         for term, found in observations.items():
             seen = sum(math.prod(stats.a.counts) for stats, _ in found)
@@ -162,17 +163,24 @@ class Curvature:
                 self._batch[term] = shared
                 # One draw says little about an entry: it takes the average of many.
                 own = max(decay, ENTRIES_DECAY) if term.endswith(ENTRIES) else decay
-                self._learn_term(term, batch, shared, own)
+                learnt[term] = batch, shared, own
+                self._learn_term(term, *learnt[term])
         after = self._traces() if observations else {}
         if not after:
             return False
         told = torch.stack([*before.values(), *after.values()]).tolist()  # one wait
         was = dict(zip(before, told[: len(before)], strict=True))
         now = dict(zip(after, told[len(before) :], strict=True))
-        damaged = {t for t in was if not was[t] <= GROWN * self._told.get(t, math.inf)}
+        damaged = {t for t in was if not was[t] <= GROWN * abs(self._told.get(t, math.inf))}
         damaged |= {t for t in now if not math.isfinite(now[t])}
         self._let_go(damaged)
         self.dropped += bool(damaged)
+        for term in damaged & learnt.keys():  # the batch itself is no worse for that
+            batch, shared, own = learnt[term]
+            now[term] = float(batch.trace())
+            if math.isfinite(now[term]):
+                self._batch[term] = shared
+                self._learn_term(term, batch, shared, own)
         self._told = {t: now[t] for t in now if t in self.factors}
         if self._told:
             sizes = {layer_of(term): self.factors[term].size for term in self._told}
@@ -193,8 +201,9 @@ class Curvature:
         for term in terms:
             self.factors.pop(term, None)
             self._batch.pop(term, None)
-            # A damped inverse is made again from its factors; a basis can do without them.
-            if self.basis != ADAM:
+            # A damped inverse is made again from its factors; a basis can do without them, unless
+            # it is of entries, and the layer's rows will be seen.
+            if self.basis != ADAM or term.endswith(ENTRIES):
                 self.inverses.pop(layer_of(term), None)
 
     def _shared(
@@ -255,12 +264,11 @@ class Curvature:
             self.scale, self.largest = self._sound  # which the dampings go by
         return any_lost
 
-    def start_afresh(self) -> None:
-        """Let go of all that is known."""
-        self.factors, self.chosen = {}, {}
-        self.change_basis(self.basis)
+    def start_afresh(self, basis: str | None = None) -> None:
+        """Let go of all that is known, and go on in a basis."""
+        self.factors, self.chosen, self._told = {}, {}, {}
+        self.change_basis(self.basis if basis is None else basis)
         self.scale = self.largest = 0.0
-        self._told = {}
 
     @property
     def most_rows(self) -> int:

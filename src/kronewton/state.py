@@ -204,6 +204,15 @@ def _require_same_layer(layer: Layer, kept: Mapping[str, Tensor], largest: int) 
     for how in ("", TURNED, ENTRIES):
         own = {part for part in FACTORS if part + how in kept}
         _require_whole(owner, "factors' totals and counts", own, [FACTORS])
+    for key, most in (("steps", 2.0**53), ("left", 1.0)):
+        number = kept.get(f"moments_{key}")
+        if number is not None and number.dim():
+            raise _of_another_model("a number of moments", number, owner, torch.Size())
+        if number is not None and not 0 <= float(number) <= most:
+            raise StateError(
+                f"the state_dict has {float(number):g} for the moments' {key} of {owner}: it is "
+                "damaged. Load another checkpoint, or start afresh."
+            )
     for key in moments & {"m", "v"}:
         found = kept[f"moments_{key}"]
         if found.shape not in (shape, torch.Size((shape.numel(), 1))):

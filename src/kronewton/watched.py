@@ -238,8 +238,7 @@ class Watched:
         generator: Tensor,
     ) -> None:
         """Take over each layer's tensors, in the precision they have, `numbers` and the draws."""
-        self.curvature.factors, self.curvature.chosen = {}, {}
-        self.curvature.change_basis(basis)
+        self.curvature.start_afresh(basis)
         for layer in self.layers:
             device = next(iter(layer.whole().values())).device
             kept = {k: t.to(device).clone() for k, t in saved.get(layer.name, {}).items()}
