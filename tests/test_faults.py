@@ -212,8 +212,8 @@ def test_an_earlier_state_is_not_taken_for_factors_that_have_grown(basis):
         weights = copy.deepcopy(task.model.state_dict())
         if used:
             task.good(30)
-            for total in task.optimizer._curvature._told:  # as if it had fallen since
-                task.optimizer._curvature._told[total] *= 1e-3
+            for total in task.optimizer._curvature._last_traces:  # as if it had fallen since
+                task.optimizer._curvature._last_traces[total] *= 1e-3
         task.number = 3
         task.model.load_state_dict(weights)
         task.optimizer.load_state_dict(state)

@@ -9,7 +9,6 @@ arrives there: what the user multiplies the loss with. A forward without a backw
 from __future__ import annotations
 
 import contextlib
-import inspect
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from kronewton.called import arguments_of, device_of
 from kronewton.errors import CriterionError
 from kronewton.filing import Filing
 from kronewton.fisher import Fisher
@@ -224,7 +224,7 @@ class Watcher:
         training = [m.training for m in model.modules()] if self.replays else None
         buffers = self._changing.kept() if self.replays else []
         given_versions = versions((args, kwargs))
-        precision = autocast_of(_device(args, kwargs))
+        precision = autocast_of(device_of(args, kwargs))
         self._open.append(
             ModelCall(args, kwargs, state, given_versions, training, buffers, precision)
         )
@@ -290,7 +290,7 @@ class Watcher:
         self._uses = [found for found in self._uses if found[1].output is not output]
         layers = self.layers[id(module)]
         call = Call(args, kwargs, output)
-        with torch.no_grad(), torch.autocast(_device(args, kwargs), enabled=False):
+        with torch.no_grad(), torch.autocast(device_of(args, kwargs), enabled=False):
             sights = layers[0].kind.watch(layers, call)
         for layer, seen in zip(layers, sights, strict=True):
             if seen is not None:
@@ -364,7 +364,7 @@ class Watcher:
     def _before_criterion(self, criterion: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._watching():
             return
-        output, *targets = _arguments(criterion, args, kwargs)
+        output, *targets = arguments_of(criterion, args, kwargs)
         check(criterion, output, *targets)
         if self.capturing:
             check_values(criterion, output, *targets)
@@ -372,7 +372,7 @@ class Watcher:
     def _on_criterion(self, criterion: nn.Module, args: Any, kwargs: Any, loss: Any) -> None:
         if not self._watching() or not isinstance(loss, Tensor) or not loss.requires_grad:
             return
-        output, *targets = _arguments(criterion, args, kwargs)
+        output, *targets = arguments_of(criterion, args, kwargs)
         moving = [t for t in targets if isinstance(t, Tensor) and t.requires_grad]
         whole = self._together(criterion, [output, *targets], moving) if moving else None
         part = self._new_part(*whole or (criterion, output, targets))
@@ -612,28 +612,3 @@ def _length(gradients: Mapping[int, Tensor]) -> Tensor:
 
 def _numbers(gradient: Tensor) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
-def _device(args: Any, kwargs: Any) -> str:
-    return next((t.device.type for _, t in leaves((args, kwargs))), "cpu")
-
-
-def _arguments(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    if not kwargs:
-        given = list(args)
-    else:
-        bound = inspect.signature(criterion.forward).bind(*args, **kwargs)
-        if bound.kwargs:
-            raise CriterionError(
-                f"{type(criterion).__name__} takes {', '.join(bound.kwargs)} by name only; a "
-                "watched criterion takes the model's output and its targets by position. Let its "
-                "forward accept them so, or pass criterion=None."
-            )
-        given = list(bound.args)
-    if not given or not isinstance(given[0], Tensor):
-        raise CriterionError(
-            f"{type(criterion).__name__} was called with {type(given[0]).__name__ if given else 0} "
-            "as its first argument; a watched criterion takes the model's output first, as a "
-            "tensor. Pass criterion=None, or call observe(output, target, criterion)."
-        )
-    return given

@@ -98,7 +98,7 @@ class Curvature:
         self.largest = 0.0  # of all scales so far
         self.scale = 0.0  # mean eigenvalue of all blocks together, in units of the loss
         self._sound = 0.0, 0.0  # scale and largest, as they were before the batch
-        self._told: dict[str, float] = {}  # the traces of terms, after the last batch
+        self._last_traces: dict[str, float] = {}  # the traces of terms, after the last batch
         self.dropped = 0  # batches of a layer that were not finite, or that found factors damaged
         self.restless = 1.0  # running share of the sides whose basis had drifted when it was due
         self.failed = 0  # inversions that failed, the last good one being kept
@@ -171,7 +171,7 @@ class Curvature:
         told = torch.stack([*before.values(), *after.values()]).tolist()  # one wait
         was = dict(zip(before, told[: len(before)], strict=True))
         now = dict(zip(after, told[len(before) :], strict=True))
-        damaged = {t for t in was if not was[t] <= GROWN * abs(self._told.get(t, math.inf))}
+        damaged = {t for t in was if not was[t] <= GROWN * abs(self._last_traces.get(t, math.inf))}
         damaged |= {t for t in now if not math.isfinite(now[t])}
         self._let_go(damaged)
         self.dropped += bool(damaged)
@@ -181,10 +181,10 @@ class Curvature:
             if math.isfinite(now[term]):
                 self._batch[term] = shared
                 self._learn_term(term, batch, shared, own)
-        self._told = {t: now[t] for t in now if t in self.factors}
-        if self._told:
-            sizes = {layer_of(term): self.factors[term].size for term in self._told}
-            scale = math.fsum(self._told.values()) / sum(sizes.values())
+        self._last_traces = {t: now[t] for t in now if t in self.factors}
+        if self._last_traces:
+            sizes = {layer_of(term): self.factors[term].size for term in self._last_traces}
+            scale = math.fsum(self._last_traces.values()) / sum(sizes.values())
             self.largest = max(self.largest, scale)
             # Where a loss is all but zero so is its curvature, and dampings must not follow.
             self.scale = max(scale, LEAST * self.largest)
@@ -266,7 +266,7 @@ class Curvature:
 
     def start_afresh(self, basis: str | None = None) -> None:
         """Let go of all that is known, and go on in a basis."""
-        self.factors, self.chosen, self._told = {}, {}, {}
+        self.factors, self.chosen, self._last_traces = {}, {}, {}
         self.change_basis(self.basis if basis is None else basis)
         self.scale = self.largest = 0.0
 

@@ -121,7 +121,7 @@ class Watched:
     def learn(
         self, parts: Sequence[Part], decay: float, rows: int | None = None, turn: int = 0
     ) -> bool:
-        """Add a batch to the running factors, see `Curvature.learn`; say what is amiss with it."""
+        """Add a batch to the running factors; say what is amiss. As `Curvature.learn`."""
         assert self.model is not None
         assert self.watcher is not None
         seen = by_layer((part.statistics, part.weight) for part in parts)
