@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kronewton.curvature import _worth
-from kronewton.drift import INDEPENDENT, SMALL, TOLERATED, drift, renewed
+from kronewton import KFAC
+from kronewton.drift import INDEPENDENT, SMALL, TOLERATED, drift, pays, price, renewed
 from kronewton.errors import NotPositiveDefinite
 from kronewton.inverse import eigen_basis
 from kronewton.pair import Product
@@ -112,9 +113,32 @@ def test_a_side_that_is_not_worth_its_price_keeps_its_basis_and_takes_the_new_sc
 
 def test_bases_are_renewed_as_often_as_they_pay():
     M = torch.zeros(512, 512)
-    cheap, dear = 10**9, 3 * 128 * 10 * 512  # a layer's own step; a basis costs 273 of the second
+    cheap, dear = price(M, 10**9), price(M, 3 * 128 * 10 * 512)  # 273 runs of the second layer
     times = range(0, 4000, 10)
-    assert all(_worth(M, cheap, step, 10) for step in (0, 1, 2, 4, 8, *times))
-    assert not any(_worth(M, dear, step, 10) for step in (1, 2, 4, 8))
-    found = [step for step in times if _worth(M, dear, step, 10)]
+    assert all(pays(cheap, step, 10) for step in (0, 1, 2, 4, 8, *times))
+    assert not any(pays(dear, step, 10) for step in (1, 2, 4, 8))
+    found = [step for step in times if pays(dear, step, 10)]
     assert found == [0, *range(500, 4000, 500)]
+    some = [step for step in (0, 1, 2, 4, 8) if pays(15.0, step, 10)]  # the earlier, the more
+    assert some == [0, 1, 2]
+
+
+def test_a_basis_that_is_dear_for_its_layer_and_cheap_for_the_model_is_renewed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 250), nn.Tanh(), nn.Linear(250, 96), nn.Tanh())
+    model.append(nn.Linear(96, 2))  # 96 inputs: dear for two outputs
+    x, y = torch.randn(64, 96), torch.randint(0, 2, (64,))
+    alone = nn.Sequential(nn.Linear(96, 2))
+    found = {}
+    for net, last in ((model, "4"), (alone, "0")):
+        criterion = nn.CrossEntropyLoss()
+        optimizer = KFAC(net, criterion, basis="adam")
+        bases = []
+        for _ in range(3):
+            x = torch.randn(64, 96) @ torch.randn(96, 96)  # whose basis is another in every step
+            optimizer.zero_grad()
+            criterion(net(x), y).backward()
+            optimizer.step()
+            bases.append(optimizer._curvature.inverses[last].U_A)
+        found[last] = [after is not before for before, after in itertools.pairwise(bases)]
+    assert found == {"4": [True, True], "0": [False, False]}

@@ -27,13 +27,15 @@ def constant(t: Tensor) -> Tensor:
 
 
 def rank_one(t: Tensor) -> Tensor:
+    if not t.numel():
+        return t
     flat = t.reshape(len(t), -1) if t.dim() > 1 else t.reshape(1, -1)
     return (flat[:, :1] @ flat[:1]).reshape(t.shape)
 
 
 FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
     "nan": lambda t: torch.full_like(t, math.nan),
-    "one nan": lambda t: t.clone().index_fill_(0, torch.tensor([0]), math.nan),
+    "one nan": lambda t: t.clone().index_fill_(0, torch.arange(min(1, len(t))), math.nan),
     "inf": lambda t: torch.full_like(t, math.inf),
     "huge": lambda t: t * 1e25,
     "denormal": lambda t: t * 1e-41,

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kronewton.drift import SMALL, renewed
+from kronewton.drift import SMALL, pays, price, renewed
 from kronewton.errors import NotPositiveDefinite
 from kronewton.factors import (
     Factors,
@@ -53,10 +53,6 @@ ENTRIES_DECAY = 0.95  # of running squares of gradients, at least
 RESTLESS_MEMORY = 20  # sides
 GROWN = 2.0  # times what they were: factors that are damaged
 LEAST = 1e-10  # of the scale over the largest that there was
-EIGEN = 4  # products of d×d matrices, that an eigendecomposition costs as much as
-EARLY = 4  # bases' prices in each of the first steps
-RAREST = 50  # dues of a basis, of which one at least is heard
-PAYS = 3  # steps that are to cost a layer as much as the new basis in one of them
 
 
 def due(step: int, every: int) -> bool:
@@ -102,6 +98,7 @@ class Curvature:
         self.dropped = 0  # batches of a layer that were not finite, or that found factors damaged
         self.restless = 1.0  # running share of the sides whose basis had drifted when it was due
         self.failed = 0  # inversions that failed, the last good one being kept
+        self._price = math.nan  # of all bases; NaN: not known for what was seen last
 
     def terms(self, name: str) -> list[str]:
         """The terms of a layer's block that are known; entries only where there is nothing else."""
@@ -145,7 +142,7 @@ class Curvature:
         begin afresh with this one: every step would be next to nothing for as long as they are
         remembered. Whether there were such is returned.
         """
-        self._sound = self.scale, self.largest
+        self._sound, self._price = (self.scale, self.largest), math.nan
         before = self._traces() if observations else {}
         learnt: dict[str, tuple[Factors, Sequence[Observation], float]] = {}
         self.rows.update(dict.fromkeys(map(layer_of, observations), 0))
@@ -385,8 +382,8 @@ class Curvature:
         products = self._products(name)
         one = of_both(products[0], products[1]) if len(products) == 2 else products[0]
         old = self._eigen(name)
-        run = 3 * self.rows.get(name, 0) * self.factors[self.terms(name)[0]].size
-        worth = [_worth(M, run, *turn) for M in (one.Q, one.P)]
+        work, every = self._work(name), self._price_of_all()
+        worth = [pays(min(price(M, work), every), *turn) for M in (one.Q, one.P)]
         new = renewed(one, old, name, worth)
         if old is not None:
             sides = ((old.U_A, new.U_A, worth[0]), (old.U_B, new.U_B, worth[1]))
@@ -395,6 +392,18 @@ class Curvature:
                     drifted = float(now is not before)
                     self.restless += (drifted - self.restless) / RESTLESS_MEMORY
         return new
+
+    def _work(self, name: str) -> int:
+        """Multiplications in a layer for a batch, forward and backward."""
+        return 3 * self.rows.get(name, 0) * self.factors[self.terms(name)[0]].size
+
+    def _price_of_all(self) -> float:
+        """What all layers' bases cost together, in runs of the model on a batch."""
+        if math.isnan(self._price):
+            terms = [self.factors[self.terms(name)[0]] for name in self.known]
+            work = sum(map(self._work, self.known))
+            self._price = sum(price(m.total, work) for f in terms for m in (f.A, f.B))
+        return self._price
 
     def _own_sides(self, term: str) -> Sides:
         """How a term's factors are stored, on the sides of the layer's own matrix."""
@@ -537,20 +546,6 @@ def _memory_for(name: str) -> Iterator[None]:
             f"there was not enough memory to invert the factors of layer '{name}'; give it a lower "
             f"largest_side, largest_side={{'{name}': 1024}}, or make the batch smaller."
         ) from error
-
-
-def _worth(M: Tensor, run: int, step: int, every: int) -> bool:
-    """Whether it is worth an eigendecomposition to renew the basis of a side that is due.
-
-    A layer with few rows, or few numbers on its other side, is run (forward, and backward in two
-    products) in far less time than that takes. It is to cost the layer a third of what its own
-    steps cost in between; in the first ones, when it changes most, many times as much.
-    """
-    price = EIGEN * M.numel() * M.shape[-1] / max(1, run)
-    if step < every:
-        return step == 0 or EARLY * step >= price
-    times = min(math.ceil(PAYS * price / every), RAREST)
-    return step // every % max(1, times) == 0
 
 
 def layer_of(term: str) -> str:

@@ -6,6 +6,7 @@ have become in it, which a few columns show for a small part of an eigendecompos
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,10 @@ INDEPENDENT = 1.0  # likewise between a side's own axes: they are as good a basi
 SMALL = 64  # up to this side an eigendecomposition costs no more than asking
 FLOOR = 1e-4  # of the mean eigenvalue: below it correlations mean nothing
 TINY = 1e-30
+EIGEN = 4  # products of d×d matrices, that an eigendecomposition costs as much as
+EARLY = 40  # runs that bases may cost in the first steps, the later of them the less
+RAREST = 50  # dues of a basis, of which one at least is heard
+PAYS = 3  # runs that are to cost as much as the new basis in one of them
 
 
 def renewed(
@@ -60,7 +65,9 @@ def _side(
     """How the basis of a side is stored, its eigenvalues and its vectors."""
     diagonal = structure.diagonal(M)
     d = diagonal.shape[-1]
-    if d > SMALL and structure != DIAGONAL and finite(diagonal):
+    if (d == 1 or d > SMALL) and structure != DIAGONAL and finite(diagonal):
+        if d == 1:  # as of a normalisation's inputs
+            return DIAGONAL, diagonal.clone(), M.new_zeros(0)
         if old is not None and old[0] == structure:
             _, U, s = old
             s = s * (diagonal.sum(-1) / s.sum(-1).clamp_min(TINY)).unsqueeze(-1)
@@ -79,18 +86,38 @@ def drift(structure: Structure, M: Tensor, U: Tensor, s: Tensor) -> Tensor:
     Σ_i≠j (u_i'M u_j)² / (m_i m_j) with m for the eigenvalues, the mean over some columns j: zero
     in an eigenbasis of M.
     """
-    d = s.shape[-1]
-    columns = torch.arange(0, d, max(1, d // COLUMNS), device=s.device)
-    unit = torch.eye(d, dtype=s.dtype, device=s.device)[:, columns].expand(*s.shape[:-1], d, -1)
-    seen = structure.rotate(U, structure.left(M, structure.rotate_back(U, unit)))  # (…, d, k)
-    seen = seen * (1 - unit)
-    m = s + FLOOR * s.mean(-1, keepdim=True)
-    squares = seen.square() / (m.unsqueeze(-1) * m[..., columns].unsqueeze(-2)).clamp_min(TINY)
-    return squares.sum(-2).mean()
+    every = max(1, s.shape[-1] // COLUMNS)
+    some = structure.some(U, s, every)  # (…, d, k)
+    seen = structure.rotate(U, structure.left(M, some))
+    m = (s + FLOOR * s.mean(-1, keepdim=True)).clamp_min(TINY)
+    shares = seen.square_().div_(m.unsqueeze(-1)).sum(-2)  # (…, k)
+    own = seen[..., ::every, :].diagonal(dim1=-2, dim2=-1)
+    return ((shares - own) / m[..., ::every]).mean()
 
 
 def _among(M: Tensor, diagonal: Tensor) -> Tensor:
     """The same of a matrix's own axes, all of them."""
     m = (diagonal + FLOOR * diagonal.mean()).clamp_min(TINY)
-    squares = M.square() / m.unsqueeze(-1) / m
-    return (squares.sum() - squares.diagonal().sum()) / len(m)
+    root = m.rsqrt()
+    correlations = (M * root).mul_(root.unsqueeze(-1)).flatten()
+    return (torch.dot(correlations, correlations) - (diagonal / m).square().sum()) / len(m)
+
+
+def price(M: Tensor, work: int) -> float:
+    """What a basis of a side costs, in runs of so many multiplications, forward and backward."""
+    return EIGEN * M.numel() * M.shape[-1] / max(1, work)
+
+
+def pays(price: float, step: int, every: int) -> bool:
+    """Whether to renew the basis of a side that is due.
+
+    price: in runs of its layer on a batch, or, where that is less, of all bases in runs of the
+    model. A layer with few rows, or few numbers on its other side, is run in far less time than an
+    eigendecomposition takes: in which the other layers, if they are much work, make it cheap. It is
+    to cost a third of the runs in between; in the first steps, when bases change most, many times
+    as much, and the more, the earlier.
+    """
+    if step < every:
+        return step * price <= EARLY
+    times = min(math.ceil(PAYS * price / every), RAREST)
+    return step // every % max(1, times) == 0

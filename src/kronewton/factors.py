@@ -69,12 +69,19 @@ class Factors:
     def found(self) -> tuple[bool, bool]:
         """Whether every number is finite, and whether there is any curvature."""
         # Diagonals are enough: a bad entry of a row reaches the diagonal through its square.
-        A, B = self._diagonals(self.A.total, self.B.total)
-        a, b = A.sum(-1), B.sum(-1)
+        a, b = self._traces()
         count = self.A.count.to(a.dtype)
-        told = torch.stack([(a + b).sum(), (a / count * b).sum(), count])  # one wait
-        sum_, product, counted = told.tolist()
-        return math.isfinite(sum_), counted > 0 and product > 0
+        if a.dim():
+            a, b = (a + b).sum(), (a / count * b).sum()
+            sum_, product, counted = torch.stack([a, b, count]).tolist()  # one wait
+            return math.isfinite(sum_), counted > 0 and product > 0
+        of_A, of_B, counted = torch.stack([a, b, count]).tolist()
+        finite = math.isfinite(of_A + of_B)
+        return finite, counted > 0 and of_A / counted * of_B > 0
+
+    def _traces(self) -> tuple[Tensor, Tensor]:
+        """Of A's and of B's total, (…)."""
+        return self.sides.input.trace(self.A.total), self.sides.output.trace(self.B.total)
 
     def _diagonals(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         return self.sides.input.diagonal(A), self.sides.output.diagonal(B)
@@ -87,8 +94,9 @@ class Factors:
 
     def trace(self) -> Tensor:
         """Trace of B ⊗ A, ()."""
-        A, B = self._diagonals(self.A.total, self.B.total)
-        return ((A.sum(-1) / self.A.count) * (B.sum(-1) / self.B.count)).sum()
+        a, b = self._traces()
+        traces: Tensor = a / self.A.count * (b / self.B.count)
+        return traces.sum() if traces.dim() else traces
 
 
 Observation = tuple[Statistics, Tensor]  # and the weight of its part of the batch in the loss

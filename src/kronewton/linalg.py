@@ -64,7 +64,7 @@ def symmetric_eigen(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
             if ran_out_of_memory(error):
                 raise
             continue
-        if finite(s) and all_finite((U,)):
+        if math.isfinite(float(s.sum() + U.sum())):
             return s.clamp_min(0).to(matrix.dtype), U.to(matrix.dtype)
     raise NotPositiveDefinite(
         f"the eigendecomposition of {name} did not converge; "
@@ -92,7 +92,8 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 def finite(tensor: Tensor) -> bool:
     """Whether all numbers of one tensor are finite."""
-    return not tensor.numel() or math.isfinite(float(tensor.abs().amax()))
+    # A sum that is finite is one of finite numbers; one that is not may have overflowed.
+    return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def ran_out_of_memory(error: Exception) -> bool:
@@ -103,8 +104,10 @@ def ran_out_of_memory(error: Exception) -> bool:
 
 def longest(tensors: Sequence[Tensor]) -> float:
     """The largest norm of any of the tensors; NaN or infinity if a number is not finite."""
-    norms = torch._foreach_norm(list(tensors)) if tensors else ()
-    return float(torch.stack([n.double() for n in norms]).max()) if norms else 0.0
+    norms = list(torch._foreach_norm(list(tensors))) if tensors else []
+    if len({n.dtype for n in norms}) > 1:
+        norms = [n.double() for n in norms]
+    return float(torch.stack(norms).max()) if norms else 0.0
 
 
 def _require_finite(matrix: Tensor, name: str) -> None:

@@ -41,13 +41,12 @@ class Moments:
             self.v = _carried(self.v, DIAGONAL, axes, new.sides.output, new.U_B)
             return
         if new.U_A is not old.U_A:
-            before, now, U = old.sides.input, new.sides.input, old.U_A.to(dtype)
-            self.m = now.rotate_rows(before.rotate_rows_back(self.m, U), new.U_A)
-            self.v = _carried(self.v.mT, before, U, now, new.U_A).mT
+            sides = old.sides.input, new.sides.input
+            m, v = _turned(self.m.mT, self.v.mT, *sides, old.U_A.to(dtype), new.U_A)
+            self.m, self.v = m.mT.contiguous(), v.mT.contiguous()
         if new.U_B is not old.U_B:
-            before, now, U = old.sides.output, new.sides.output, old.U_B.to(dtype)
-            self.m = now.rotate(new.U_B, before.rotate_back(U, self.m))
-            self.v = _carried(self.v, before, U, now, new.U_B)
+            sides = old.sides.output, new.sides.output
+            self.m, self.v = _turned(self.m, self.v, *sides, old.U_B.to(dtype), new.U_B)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that must be saved."""
@@ -76,11 +75,10 @@ def normalised(moments: Sequence[Moments], rotated: Sequence[Tensor], decay: flo
     torch._foreach_mul_(v, SECOND_DECAY)
     torch._foreach_addcmul_(v, gradients, gradients, value=1 - SECOND_DECAY)
     roots = torch._foreach_sqrt(v)
-    least = torch._foreach_mul(
-        torch._foreach_norm(roots), [LEAST / math.sqrt(max(1, t.numel())) for t in v]
-    )
-    for root, floor in zip(roots, least, strict=True):
-        root.add_(floor.clamp_min_(TINY))
+    shares = [LEAST / math.sqrt(max(1, t.numel())) for t in v]
+    least = torch._foreach_mul(torch._foreach_norm(roots), shares)
+    torch._foreach_clamp_min_(least, TINY)
+    torch._foreach_add_(roots, list(least))
     found = torch._foreach_div(m, roots)
     corrections = []
     for one in moments:
@@ -90,6 +88,16 @@ def normalised(moments: Sequence[Moments], rotated: Sequence[Tensor], decay: flo
         corrections.append(math.sqrt(1 - SECOND_DECAY**one.steps) / (1 - one.left))
     torch._foreach_mul_(found, corrections)
     return list(found)
+
+
+def _turned(
+    m: Tensor, v: Tensor, before: Structure, now: Structure, U: Tensor, V: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Means m and mean squares v (…, d, e), of rows in the basis U, in the basis V."""
+    if before == now:
+        R = now.between(U, V)
+        return (m, v) if R is None else (now.left(R, m), now.left(R.square(), v))
+    return now.rotate(V, before.rotate_back(U, m)), _carried(v, before, U, now, V)
 
 
 def _carried(v: Tensor, before: Structure, U: Tensor, now: Structure, V: Tensor) -> Tensor:

@@ -48,6 +48,10 @@ class Structure(ABC):
     def diagonal(self, M: Tensor) -> Tensor:
         """The diagonal, (…, d)."""
 
+    def trace(self, M: Tensor) -> Tensor:
+        """The sum of the diagonal, (…)."""
+        return self.diagonal(M).sum(-1)
+
     @abstractmethod
     def inverse(self, M: Tensor, damping: Tensor | float, name: str) -> Tensor:
         """(M + damping·I)⁻¹, stored likewise. Raises NotPositiveDefinite, naming the factor."""
@@ -68,12 +72,26 @@ class Structure(ABC):
     def rotate_back(self, U: Tensor, G: Tensor) -> Tensor:
         """U G."""
 
+    def some(self, U: Tensor, like: Tensor, every: int) -> Tensor:
+        """Every so many eigenvectors as columns (…, d, k), for d coordinates as `like` (…, d)."""
+        d = like.shape[-1]
+        unit = torch.eye(d, dtype=like.dtype, device=like.device)[:, ::every]
+        return self.rotate_back(U, unit.expand(*like.shape[:-1], d, -1))
+
     @abstractmethod
+    def between(self, U: Tensor, V: Tensor) -> Tensor | None:
+        """V'U, stored as M is: what takes coordinates in the basis U to those in V.
+
+        None where both are the axes.
+        """
+
     def carry(self, s: Tensor, U: Tensor, V: Tensor) -> Tensor:
         """(V'U)∘(V'U) s for s (…, d, e): second moments in the basis U, carried into V.
 
         As if they were uncorrelated. Keeps the trace, since the square is doubly stochastic.
         """
+        R = self.between(U, V)
+        return s if R is None else self.left(R.square(), s)
 
     def right(self, G: Tensor, M: Tensor) -> Tensor:
         """G M for a matrix G (…, e, d) and a symmetric M."""
@@ -110,6 +128,9 @@ class Dense(Structure):
     def diagonal(self, M: Tensor) -> Tensor:
         return diagonal_of(M)
 
+    def trace(self, M: Tensor) -> Tensor:
+        return M.trace() if M.dim() == 2 else super().trace(M)
+
     def inverse(self, M: Tensor, damping: Tensor | float, name: str) -> Tensor:
         return damped_inverse(M, damping, name)
 
@@ -128,14 +149,17 @@ class Dense(Structure):
     def rotate_back(self, U: Tensor, G: Tensor) -> Tensor:
         return U @ G
 
+    def some(self, U: Tensor, like: Tensor, every: int) -> Tensor:
+        return U[..., ::every]
+
     def rotate_rows(self, rows: Tensor, U: Tensor) -> Tensor:
         return rows @ U
 
     def rotate_rows_back(self, rows: Tensor, U: Tensor) -> Tensor:
         return rows @ U.mT
 
-    def carry(self, s: Tensor, U: Tensor, V: Tensor) -> Tensor:
-        return (V.mT @ U).square() @ s
+    def between(self, U: Tensor, V: Tensor) -> Tensor | None:
+        return V.mT @ U
 
 
 @dataclass(frozen=True)
@@ -179,8 +203,8 @@ class OnlyDiagonal(Structure):
     def rotate_back(self, U: Tensor, G: Tensor) -> Tensor:
         return G
 
-    def carry(self, s: Tensor, U: Tensor, V: Tensor) -> Tensor:
-        return s
+    def between(self, U: Tensor, V: Tensor) -> Tensor | None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -267,8 +291,8 @@ class Blocks(Structure):
     def rotate_back(self, U: Tensor, G: Tensor) -> Tensor:
         return self._times(U, G)
 
-    def carry(self, s: Tensor, U: Tensor, V: Tensor) -> Tensor:
-        return self._times((V.mT @ U).square(), s)
+    def between(self, U: Tensor, V: Tensor) -> Tensor | None:
+        return V.mT @ U
 
 
 DENSE, DIAGONAL = Dense(), OnlyDiagonal()

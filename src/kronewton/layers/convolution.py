@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -121,12 +122,12 @@ class Windows(Rows):
     groups: int
     bias: bool
 
-    @property
+    @cached_property
     def counts(self) -> tuple[int, int]:
         D = len(self.cut.kernel)
         return len(self.prepared), self._view.shape[2 : 2 + D].numel()
 
-    @property
+    @cached_property
     def _view(self) -> Tensor:
         return self.cut.windows(self.prepared)  # (N, C, *locations, *kernel)
 
@@ -198,16 +199,12 @@ class Windows(Rows):
     def _from_chunks(self, weights: Tensor | None) -> Tensor:
         """Laying windows out, a chunk of examples at a time."""
         C, kernel = self.prepared.shape[1] // self.groups, math.prod(self.cut.kernel)
-        d = kernel * C
-        moment = self.prepared.new_zeros(self.groups, d + self.bias, d + self.bias)
+        moment: Tensor | None = None
         for rows, weight in self._chunks(weights):
-            moment[:, :d, :d] += second_moment(rows, weight)
-            if self.bias:
-                weighted = rows.sum(1) if weight is None else weight @ rows  # (groups, d)
-                moment[:, d, :d] += weighted
-                moment[:, d, d] += rows.shape[1] if weight is None else weight.sum()
-        if self.bias:
-            moment[:, :d, d] = moment[:, d, :d]
+            part = second_moment(with_bias_entry(rows) if self.bias else rows, weight)
+            moment = part if moment is None else moment.add_(part)
+        if moment is None:
+            moment = self.prepared.new_zeros(self.groups, self.width, self.width)
         return _without_one(_channels_first(moment, C, kernel))
 
     def squares(self) -> Tensor:
@@ -273,9 +270,18 @@ class Windows(Rows):
 
 def _channels_first(moment: Tensor, C: int, kernel: int) -> Tensor:
     """Rows (kernel, C) in the order of torch's weights, (C, kernel); a bias entry stays last."""
-    order = torch.arange(moment.shape[-1], device=moment.device)
-    order[: C * kernel] = order[: C * kernel].reshape(kernel, C).T.flatten()
-    return moment[:, order.unsqueeze(1), order]
+    if C == 1 or kernel == 1:
+        return moment
+    d = C * kernel
+    inner = moment[:, :d, :d].unflatten(2, (kernel, C)).unflatten(1, (kernel, C))
+    turned: Tensor = inner.permute(0, 2, 1, 4, 3)
+    if moment.shape[-1] == d:
+        return turned.reshape(moment.shape)
+    found = torch.empty_like(moment)
+    found[:, :d, :d].unflatten(2, (C, kernel)).unflatten(1, (C, kernel)).copy_(turned)
+    last = moment[:, d, :d].unflatten(1, (kernel, C)).mT.flatten(1)
+    found[:, d, :d], found[:, :d, d], found[:, d, d] = last, last, moment[:, d, d]
+    return found
 
 
 def _conv(layer: Layer) -> _ConvNd:
