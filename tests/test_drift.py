@@ -115,11 +115,11 @@ def test_bases_are_renewed_as_often_as_they_pay():
     M = torch.zeros(512, 512)
     cheap, dear = price(M, 10**9), price(M, 3 * 128 * 10 * 512)  # 273 runs of the second layer
     times = range(0, 4000, 10)
-    assert all(pays(cheap, step, 10) for step in (0, 1, 2, 4, 8, *times))
-    assert not any(pays(dear, step, 10) for step in (1, 2, 4, 8))
-    found = [step for step in times if pays(dear, step, 10)]
+    assert all(pays(cheap, math.inf, step, 10) for step in (0, 1, 2, 4, 8, *times))
+    assert not any(pays(dear, math.inf, step, 10) for step in (1, 2, 4, 8))
+    found = [step for step in times if pays(dear, math.inf, step, 10)]
     assert found == [0, *range(500, 4000, 500)]
-    some = [step for step in (0, 1, 2, 4, 8) if pays(15.0, step, 10)]  # the earlier, the more
+    some = [step for step in (0, 1, 2, 4, 8) if pays(dear, 15.0, step, 10)]  # the earlier, the more
     assert some == [0, 1, 2]
 
 

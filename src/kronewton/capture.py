@@ -83,6 +83,7 @@ class Watcher:
             if layer.kind.hooked:
                 self.layers.setdefault(id(layer.module), []).append(layer)
         self._changing = ChangingBuffers(model)
+        self._modules = list(model.modules())  # as the replayer has them
         self._model = weakref.ref(model)
         self._waiting: list[Arrival] = []
         self._recorder = Recorder(self._on_use)
@@ -221,7 +222,7 @@ class Watcher:
         self._forward += 1
         self._inner_calls = {}
         state = random_state() if self.replays else (torch.empty(0), [])
-        training = [m.training for m in model.modules()] if self.replays else None
+        training = [m.training for m in self._modules] if self.replays else None
         buffers = self._changing.kept() if self.replays else []
         given_versions = versions((args, kwargs))
         precision = autocast_of(device_of(args, kwargs))

@@ -382,8 +382,10 @@ class Curvature:
         products = self._products(name)
         one = of_both(products[0], products[1]) if len(products) == 2 else products[0]
         old = self._eigen(name)
-        work, every = self._work(name), self._price_of_all()
-        worth = [pays(min(price(M, work), every), *turn) for M in (one.Q, one.P)]
+        work = self._work(name)
+        # A column of scales and shifts is too little to be turned at the other layers' expense.
+        most = self._price_of_all() if min(one.Q.shape[-1], one.P.shape[-1]) > 1 else math.inf
+        worth = [pays(price(M, work), most, *turn) for M in (one.Q, one.P)]
         new = renewed(one, old, name, worth)
         if old is not None:
             sides = ((old.U_A, new.U_A, worth[0]), (old.U_B, new.U_B, worth[1]))

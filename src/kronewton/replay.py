@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from kronewton.errors import UnsupportedError
 
 LISTS = ("_flat_weights", "_flat_weight_refs")  # of a recurrent module
-Buffers = list[tuple[dict[str, Any], str, Tensor]]  # a module's table, a name there, its tensor
+Buffers = Sequence[tuple[dict[str, Any], str, Tensor]]  # a module's table, a name there, its tensor
 
 
 class ChangingBuffers:
@@ -197,9 +197,7 @@ class Replayer:
         Without tensors the parameters are those that the model has now.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_kept_buffers(self._buffers))
-            for table, key, before in call.buffers:
-                table[key] = before.clone()
+            stack.enter_context(_kept_buffers(self._buffers, call.buffers))
             stack.enter_context(_random_state(call.random_state))
             for words in self.unfused:
                 stack.enter_context(UNFUSED[words]())
@@ -303,11 +301,17 @@ UNFUSED: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
 
 
 @contextlib.contextmanager
-def _kept_buffers(tables: Sequence[dict[str, Tensor | None]]) -> Iterator[None]:
+def _kept_buffers(
+    tables: Sequence[dict[str, Tensor | None]], earlier: Buffers = ()
+) -> Iterator[None]:
+    """Buffers inside are copies: of what they are, or, where that is known, of what they were."""
     kept = [dict(table) for table in tables]
+    replaced = {(id(table), key): t for table, key, t in earlier}
     try:
         for table in tables:
-            table.update({k: v.clone() for k, v in table.items() if v is not None})
+            for key, now in table.items():
+                t = replaced.get((id(table), key), now)
+                table[key] = None if t is None else t.clone()
         yield
     finally:
         for table, buffers in zip(tables, kept, strict=True):
