@@ -194,7 +194,9 @@ class Pacing:
     wants it back, lr falls. Both look one step ahead and would, with noise, stop at once what pays
     only later (Wu et al. 2018). Against that short sight `patience` is added to the agreement
     where a step still gains more than two batches differ, and lr does not fall below `least` of the
-    ceiling where that is not above `steady`; nor does a ceiling that rises lift it.
+    ceiling where that is not above `steady`; nor does a ceiling that rises lift it. After the first
+    steps it comes down to a ceiling above `steady`, or agreement would long move what decides
+    nothing.
     A model of the outputs knows nothing of what bends the loss beyond it. So a step is tried on its
     batch before it is made, now and then, and where little of what was promised comes, the parabola
     through the loss here, its slope and the loss there takes the model's place. Trials are in each
@@ -216,7 +218,7 @@ class Pacing:
     first: int = 10
     sudden: float = 1.5
     rarest: int = 20
-    untried: float = 0.7
+    untried: float = 0.8
     loss_memory: float = 0.8
     alarming: float = 4.0
 
@@ -250,9 +252,9 @@ class Pacing:
         gap = min(2 * pace.gap, self.rarest) if calm else pace.gap // 2
         always = pace.steps <= self.first or math.isfinite(pace.limit)
         gap = 1 if always else max(1, gap)
-        return replace(
-            pace, slope=slope, bend=bend, ceiling=ceiling, gap=gap, look=pace.steps + gap - 1
-        )
+        lr = min(pace.lr, max(ceiling, self.steady)) if pace.steps > self.first else pace.lr
+        look = pace.steps + gap - 1
+        return replace(pace, lr=lr, slope=slope, bend=bend, ceiling=ceiling, gap=gap, look=look)
 
     def passed(self, pace: Pace, slope: float, bend: float, eased: bool = True) -> Pace:
         """After a step was tried and was good: its slope and its bend, for lr 1.
