@@ -143,26 +143,18 @@ class Curvature:
         remembered. Whether there were such is returned.
         """
         self._sound, self._price = (self.scale, self.largest), math.nan
-        before = self._traces() if observations else {}
-        learnt: dict[str, tuple[Factors, Sequence[Observation], float]] = {}
+        if not observations:
+            return False
+        before, learnt = self._traces(), {}
         self.rows.update(dict.fromkeys(map(layer_of, observations), 0))
         for term, found in observations.items():
             seen = sum(math.prod(stats.a.counts) for stats, _ in found)
             self.rows[layer_of(term)] += round(times * seen)
-            shared = self._shared(term, found, rows, turn)
-            sides = self.factors[term].sides if term in self.factors else self.sides(term)
-            batch = self._build(term, shared, sides)
-            finite, curved = batch.found()
-            if not finite:
-                self.dropped += 1
-            elif curved:
-                # Without curvature (all masked, or a saturated softmax) there is nothing to learn.
-                self._batch[term] = shared
-                # One draw says little about an entry: it takes the average of many.
-                own = max(decay, ENTRIES_DECAY) if term.endswith(ENTRIES) else decay
-                learnt[term] = batch, shared, own
-                self._learn_term(term, *learnt[term])
-        after = self._traces() if observations else {}
+            batch = self._of_batch(term, found, rows, turn)
+            if batch is not None:
+                learnt[term] = batch
+                self._learn_term(term, *batch, decay)
+        after = self._traces()
         if not after:
             return False
         told = torch.stack([*before.values(), *after.values()]).tolist()  # one wait
@@ -173,19 +165,33 @@ class Curvature:
         self._let_go(damaged)
         self.dropped += bool(damaged)
         for term in damaged & learnt.keys():  # the batch itself is no worse for that
-            batch, shared, own = learnt[term]
-            now[term] = float(batch.trace())
+            now[term] = float(learnt[term][0].trace())
             if math.isfinite(now[term]):
-                self._batch[term] = shared
-                self._learn_term(term, batch, shared, own)
+                self._learn_term(term, *learnt[term], decay)
         self._last_traces = {t: now[t] for t in now if t in self.factors}
         if self._last_traces:
-            sizes = {layer_of(term): self.factors[term].size for term in self._last_traces}
-            scale = math.fsum(self._last_traces.values()) / sum(sizes.values())
-            self.largest = max(self.largest, scale)
-            # Where a loss is all but zero so is its curvature, and dampings must not follow.
-            self.scale = max(scale, LEAST * self.largest)
+            self._rescale()
         return bool(damaged)
+
+    def _of_batch(
+        self, term: str, found: Sequence[Observation], rows: int | None, turn: int
+    ) -> tuple[Factors, Sequence[Observation]] | None:
+        """A batch's factors of a term, and what they are made from; None: nothing to learn."""
+        shared = self._shared(term, found, rows, turn)
+        sides = self.factors[term].sides if term in self.factors else self.sides(term)
+        batch = self._build(term, shared, sides)
+        finite, curved = batch.found()
+        self.dropped += not finite
+        # Without curvature all is masked, or a softmax saturated.
+        return (batch, shared) if finite and curved else None
+
+    def _rescale(self) -> None:
+        """Take the mean eigenvalue of all blocks together from their traces."""
+        sizes = {layer_of(term): self.factors[term].size for term in self._last_traces}
+        scale = math.fsum(self._last_traces.values()) / sum(sizes.values())
+        self.largest = max(self.largest, scale)
+        # Where a loss is all but zero so is its curvature, and dampings must not follow.
+        self.scale = max(scale, LEAST * self.largest)
 
     def _traces(self) -> dict[str, Tensor]:
         """The trace of every term."""
@@ -222,6 +228,8 @@ class Curvature:
     def _learn_term(
         self, term: str, batch: Factors, seen: Sequence[Observation], decay: float
     ) -> None:
+        """Add a batch's factors of a term, made from what was seen, to the running ones."""
+        self._batch[term] = seen
         before = self.factors.get(term)
         if before is None and self.terms(layer_of(term)) == [layer_of(term) + ENTRIES]:
             # Its rows can be seen now: an inverse of its entries is none of its matrix.
@@ -232,11 +240,13 @@ class Curvature:
             )
             batch = with_corrected(batch, seen, *basis.basis)
             self.inverses.setdefault(layer_of(term), basis)
-        running = batch if before is None else before.then(batch, decay)
+        # One draw says little about an entry: it takes the average of many.
+        own = max(decay, ENTRIES_DECAY) if term.endswith(ENTRIES) else decay
+        running = batch if before is None else before.then(batch, own)
         self.factors[term] = running
-        own = self._own_basis(term)
-        if own is not None and running.s is not None:
-            self.inverses[layer_of(term)] = replace(own, s=running.s.mean.to(own.s.dtype))
+        mine = self._own_basis(term)
+        if mine is not None and running.s is not None:
+            self.inverses[layer_of(term)] = replace(mine, s=running.s.mean.to(mine.s.dtype))
 
     def _own_basis(self, term: str) -> EigenInverse | None:
         """The eigenbasis of a term that is all there is of its layer."""

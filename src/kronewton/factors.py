@@ -148,8 +148,8 @@ def _input_moment(stats: Statistics, part: Tensor, structure: Structure = DENSE)
     weights = stats.weights
     if weights.dim() == 0:
         N, S = stats.a.counts
-        total = stats.a.second_moment(None, structure)
-        return Moment(part * weights * total, part * weights * (N * S))
+        scale = part * weights
+        return Moment(scale * stats.a.second_moment(None, structure), scale * (N * S))
     return Moment(part * stats.a.second_moment(weights, structure), part * weights.sum())
 
 
