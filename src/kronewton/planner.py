@@ -58,14 +58,14 @@ MOMENTUM = 0.5  # where no quadratic model chooses it
 DAMPING = 10.0  # over the curvature's mean eigenvalue, likewise
 DECREASE = 1e-3  # g'(B ⊗ A + λI)⁻¹g of a step over the loss (over 1 if unknown), at most
 RENEWALS = {  # steps between renewals of factors and of inverses, by what is known of the noise
-    "normalised": (4, 10),  # a second moment is only as good as the basis that it is taken in
+    "normalised": (4, 20),  # a second moment is only as good as the basis that it is taken in
     "noise": (10, 40),  # averages have to run over many batches anyway
     "unknown": (5, 20),
     "none": (2, 10),
     "refined": (1, 4),  # no noise, and a step that costs several products deserves fresh factors
 }
 ROWS = 256  # of a layer, that are enough of a batch where factors run over many
-CALM, CALM_RENEWALS = 0.5, (16, 16)  # below this share of sides whose basis had drifted, measured
+CALM, CALM_RENEWALS = 0.5, (16, 20)  # below this share of sides whose basis had drifted, measured
 DECAY, QUIET_DECAY = 0.95, 0.5  # of running factors, where averages make up for noise and not
 TRIAL_EVERY, NOISY_TRIAL_EVERY = 5, 20  # steps between trials of γ, which cost inversions
 ADAPT_EVERY = 5  # steps between decisions on λ, which cost a forward pass
