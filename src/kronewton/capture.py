@@ -83,7 +83,7 @@ class Watcher:
             if layer.kind.hooked:
                 self.layers.setdefault(id(layer.module), []).append(layer)
         self._changing = ChangingBuffers(model)
-        self._modules = list(model.modules())  # as the replayer has them
+        self._modules = list(model.modules()) if replays else []  # as the replayer has them
         self._model = weakref.ref(model)
         self._waiting: list[Arrival] = []
         self._recorder = Recorder(self._on_use)

@@ -201,6 +201,7 @@ class Curvature:
 
     def _let_go(self, terms: Collection[str]) -> None:
         """Let go of terms whose factors are damaged, and of inverses that are made from these."""
+        self._price = math.nan
         for term in terms:
             self.factors.pop(term, None)
             self._batch.pop(term, None)
@@ -274,6 +275,7 @@ class Curvature:
     def start_afresh(self, basis: str | None = None) -> None:
         """Let go of all that is known, and go on in a basis."""
         self.factors, self.chosen, self._last_traces = {}, {}, {}
+        self._price = math.nan
         self.change_basis(self.basis if basis is None else basis)
         self.scale = self.largest = 0.0
 
@@ -412,9 +414,11 @@ class Curvature:
     def _price_of_all(self) -> float:
         """What all layers' bases cost together, in runs of the model on a batch."""
         if math.isnan(self._price):
-            terms = [self.factors[self.terms(name)[0]] for name in self.known]
+            known = [self.factors[self.terms(name)[0]] for name in self.known]
             work = sum(map(self._work, self.known))
-            self._price = sum(price(m.total, work) for f in terms for m in (f.A, f.B))
+            sides = [s for f in known for s in zip((f.A, f.B), f.sides, strict=True)]
+            # A side's own axes are no basis to be found.
+            self._price = sum(price(m.total, work) for m, side in sides if side != DIAGONAL)
         return self._price
 
     def _own_sides(self, term: str) -> Sides:

@@ -306,12 +306,14 @@ def _kept_buffers(
 ) -> Iterator[None]:
     """Buffers inside are copies: of what they are, or, where that is known, of what they were."""
     kept = [dict(table) for table in tables]
-    replaced = {(id(table), key): t for table, key, t in earlier}
+    known = {(id(table), key) for table, key, _ in earlier}
     try:
         for table in tables:
-            for key, now in table.items():
-                t = replaced.get((id(table), key), now)
-                table[key] = None if t is None else t.clone()
+            for key, t in table.items():
+                if t is not None and (id(table), key) not in known:
+                    table[key] = t.clone()
+        for table, key, t in earlier:
+            table[key] = t.clone()
         yield
     finally:
         for table, buffers in zip(tables, kept, strict=True):
