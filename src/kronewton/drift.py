@@ -108,16 +108,16 @@ def price(M: Tensor, work: int) -> float:
     return EIGEN * M.numel() * M.shape[-1] / max(1, work)
 
 
-def pays(own: float, most: float, step: int, every: int) -> bool:
+def pays(own: float, of_all: float, step: int, every: int) -> bool:
     """Whether to renew the basis of a side that is due.
 
-    own: its price, in runs of its layer on a batch. most: that of all bases in runs of the model.
+    own: its price, in runs of its layer on a batch. of_all: that of all bases in runs of the model.
     A layer with few rows, or few numbers on its other side, is run in far less time than an
-    eigendecomposition takes. It is to cost a third of the runs in between; in the first steps, when
-    bases change most, many times as much, the more, the earlier, and no more than other layers, if
-    they are much work, make cheap.
+    eigendecomposition takes, which is to cost a third of the layer's runs in between. In the first
+    steps bases change most: the n-th may cost EARLY/n runs of the layer, or all bases together so
+    many of the model.
     """
     if step < every:
-        return step * min(own, most) <= EARLY
+        return step * min(own, of_all) <= EARLY
     times = min(math.ceil(PAYS * own / every), RAREST)
     return step // every % max(1, times) == 0
