@@ -14,6 +14,7 @@ from kronewton.plan import Plan
 from kronewton.planner import (
     CALM_RENEWALS,
     DECAY,
+    EARLY,
     QUIET_DECAY,
     RAISE,
     RENEWALS,
@@ -178,11 +179,23 @@ def test_renewals_start_afresh_with_a_new_kind_of_step() -> None:
     assert planner.age(37) == 37
     assert planner.settle(37, [], torch.zeros(1))
     assert (planner.normalising, planner.age(37)) == (True, 0)
-    assert planner.intervals() == RENEWALS["normalised"]
-    planner.curvature.restless = 0.1
-    assert planner.intervals() == CALM_RENEWALS
+    assert (planner.intervals(), planner.decay()) == (RENEWALS["early"], DECAY)
     planner.pace = planner.pacing.agreed(planner.pace, None)
     assert planner.age(38) == 1
+
+
+def test_normalised_steps_renew_factors_half_as_often_after_the_first_and_remember_as_long() -> None:
+    planner = with_noise(planner_of(), 2.0, 2.0)
+    assert planner.settle(0, [], torch.zeros(1))
+    (early, _), memory = planner.intervals(), planner.decay()
+    for _ in range(EARLY):
+        assert planner.intervals() == RENEWALS["early"]
+        planner.pace = planner.pacing.agreed(planner.pace, None)
+    assert planner.intervals() == RENEWALS["normalised"]
+    assert planner.intervals()[0] == 2 * early
+    assert planner.decay() == pytest.approx(memory**2)  # over as many steps
+    planner.curvature.restless = 0.1
+    assert planner.intervals() == CALM_RENEWALS
 
 
 @pytest.mark.parametrize("criterion", [nn.MSELoss(), nn.CrossEntropyLoss(label_smoothing=0.1)])

@@ -58,7 +58,8 @@ MOMENTUM = 0.5  # where no quadratic model chooses it
 DAMPING = 10.0  # over the curvature's mean eigenvalue, likewise
 DECREASE = 1e-3  # g'(B ⊗ A + λI)⁻¹g of a step over the loss (over 1 if unknown), at most
 RENEWALS = {  # steps between renewals of factors and of inverses, by what is known of the noise
-    "normalised": (4, 20),  # a second moment is only as good as the basis that it is taken in
+    "early": (4, 20),  # a second moment is only as good as the basis that it is taken in
+    "normalised": (8, 20),
     "noise": (10, 40),  # averages have to run over many batches anyway
     "unknown": (5, 20),
     "none": (2, 10),
@@ -70,7 +71,7 @@ DECAY, QUIET_DECAY = 0.95, 0.5  # of running factors, where averages make up for
 TRIAL_EVERY, NOISY_TRIAL_EVERY = 5, 20  # steps between trials of γ, which cost inversions
 ADAPT_EVERY = 5  # steps between decisions on λ, which cost a forward pass
 REFINED_DROP = 0.5  # of λ a step, where the model is all but solved in every one
-EARLY = 20  # normalised steps that gain so much that noise above zero says nothing
+EARLY = 20  # normalised steps that change so much that noise above zero says nothing
 STALLED = 0.02  # of the loss: a Newton step that gains less counts its noise for more
 FAR_WORSE = 0.1  # of the loss's unit: what a normalised step may lose and not be tried shorter
 GLIMPSE = 1e-4  # the pace at which a network's outputs are as good as linear in its step
@@ -167,7 +168,8 @@ class Planner:
             return self.options.factor_decay
         # Without noise this batch is all there is, and where the weights were is in the way.
         quiet = 0.0 if self.options.refine else QUIET_DECAY
-        return quiet if self._known() == "none" else DECAY
+        # Twice as far apart, and as long a memory.
+        return {"none": quiet, "normalised": DECAY**2}.get(self._known(), DECAY)
 
     def rows(self) -> int | None:
         """How many rows of a layer are enough for its factors; None: all that there are."""
@@ -181,7 +183,7 @@ class Planner:
     def _known(self) -> str:
         """What is known of the noise: a key of RENEWALS."""
         if self.normalising:
-            return "normalised"
+            return "normalised" if self.pace.steps >= EARLY else "early"
         if self.settings is not None and self.rule.averaging(self.settings) > 0:
             return "noise"
         if self.settings is None or self.noise is None or self.options.damping != AUTO:
