@@ -190,7 +190,7 @@ def nearer_sharing(observations: Sequence[Observation]) -> str:
     Where the same gradient comes back to all positions of an example they were pooled, and reduce
     has its gradient exactly. Otherwise whichever is nearer to the exact block. Factors come from
     some examples and the block from others: of the same ones, the factors with fewer rows would
-    always fit better. The block is used through per-example gradients: ⟨H, B ⊗ A⟩ = Σ tr(G'B G A).
+    always fit better.
     """
     stats = observations[0][0]
     if any(s.loss_positions != 1 for s, _ in observations):
@@ -205,15 +205,29 @@ def nearer_sharing(observations: Sequence[Observation]) -> str:
     distances = []
     for factors in (batch_factors(left), reduced_factors(left)):
         A, B = factors.A.mean, factors.B.mean
-        inner = [
-            torch.einsum("...poi,...poi->", B.unsqueeze(-3) @ G @ A.unsqueeze(-3), G)
-            for seen, part in right
-            for G in example_gradients(seen, part)
-        ]
+        inner = [part.clamp_min(0) * _overlap(seen, A, B) for seen, part in right]
         own = (_norm(A).square() * _norm(B).square()).sum()
         distances.append(own - 2 * torch.stack(inner).sum())  # less what both have in common
     expand, reduce = torch.stack(distances).tolist()
     return "reduce" if reduce < expand else "expand"
+
+
+def _overlap(stats: Statistics, A: Tensor, B: Tensor) -> Tensor:
+    """⟨H, B ⊗ A⟩ for the exact block H of a part, as a scalar.
+
+    Σ tr(G'B G A) over per-example gradients G = Σ_s b_s a_s', which is Σ_st (b_s'B b_t)(a_s'A a_t):
+    whichever is less work.
+    """
+    S, d_in, d_out = stats.a.counts[1], stats.a.width, stats.b.shape[-1]
+    if S * S >= d_in * d_out:
+        return _total(
+            torch.einsum("...poi,...poi->", B.unsqueeze(-3) @ G @ A.unsqueeze(-3), G)
+            for G in example_gradients(stats, B.new_ones(()))
+        )
+    a = stats.a.dense()  # (…, N, S, d_in)
+    of_A = a @ A.unsqueeze(-3) @ a.mT  # (…, N, S, S)
+    of_B = stats.b @ B[..., None, None, :, :] @ stats.b.mT  # (…, V, N, S, S)
+    return (of_A.unsqueeze(-4) * of_B).sum()
 
 
 def _same_everywhere(b: Tensor) -> bool:

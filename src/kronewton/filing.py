@@ -84,16 +84,22 @@ class Filing:
         if G is None or not bool(G.any()):
             return
         self._verified.add(layer.name)
-        made, size = torch.zeros_like(G), G.new_zeros(())
-        for term, seen in reached.items():
-            for call, b in seen:
-                if call.layer is layer:
-                    first = b.select(-4, 0)  # (…, N, S, d_out)
-                    g = call.a.product(first)
-                    made += g.mT if term.endswith(TURNED) else g
-                    size += first.norm() * call.a.squares().sqrt()  # what may have cancelled
-        rounding = 100 * torch.finfo(G.dtype).eps * size
-        if bool((made - G).norm() > tolerance(layer, G) * G.norm() + rounding):
+        own = [
+            (term, call, b.select(-4, 0))  # (…, N, S, d_out)
+            for term, seen in reached.items()
+            for call, b in seen
+            if call.layer is layer
+        ]
+        made = torch.zeros_like(G)
+        for term, call, b in own:
+            g = call.a.product(b)
+            made += g.mT if term.endswith(TURNED) else g
+        left, bound = (made - G).norm(), tolerance(layer, G) * G.norm()
+        if bool(left <= bound):
+            return
+        # Rounding of what may have cancelled.
+        size = sum(float(b.norm() * call.a.squares().sqrt()) for _, call, b in own)
+        if bool(left > bound + 100 * torch.finfo(G.dtype).eps * size):
             self.unexplained[layer.name] = (
                 "it is used in a way that cannot be watched, beside or instead of its module's call"
             )
