@@ -14,7 +14,7 @@ from kronewton.drift import INDEPENDENT, SMALL, TOLERATED, drift, pays, price, r
 from kronewton.errors import NotPositiveDefinite
 from kronewton.inverse import eigen_basis
 from kronewton.pair import Product
-from kronewton.structure import DENSE, DIAGONAL, Blocks, Sides
+from kronewton.structure import DENSE, DIAGONAL, Blocks, Sides, fused
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -90,6 +90,42 @@ def test_a_side_whose_axes_are_all_but_independent_keeps_them():
     torch.testing.assert_close(found.rotate(G), G @ found.U_A)
     assert renewed(Product(correlated(d, 5), one.Q, Sides()), found, "layer").sides == Sides()
     assert INDEPENDENT <= 1  # of what a coordinate has alone
+
+
+def of_parts(d: int, count: int, cross: float) -> Tensor:
+    """A factor of equal parts, each with a basis of its own, and something between them."""
+    M = torch.block_diag(*(correlated(d, 10 + part) for part in range(count)))
+    return M + cross * correlated(count * d, 9)
+
+
+def test_parts_of_a_side_that_have_little_to_do_with_each_other_have_a_basis_each():
+    Q, P = correlated(33, 1), of_parts(32, 3, 0.01)  # as of a query, a key and a value, with a bias
+    found = renewed(Product(P, Q, Sides()), None, "layer")
+    assert found.sides == Sides(DENSE, Blocks(32, 96))
+    for part, U in enumerate(found.U_B):
+        own = P[32 * part : 32 * (part + 1), 32 * part : 32 * (part + 1)]
+        assert float((U.T @ own @ U).fill_diagonal_(0).abs().max()) < 1e-12 * float(own.norm())
+    torch.testing.assert_close(found.s.sum(), P.trace() * Q.trace())
+    G = torch.randn(96, 33)
+    torch.testing.assert_close(found.rotate_back(found.rotate(G)), G)
+    scaled = renewed(Product(3 * P, Q, Sides()), found, "layer")  # while they serve, they stay
+    assert scaled.U_B is found.U_B
+    other = renewed(Product(of_parts(32, 3, 0.01).flip(0, 1), Q, Sides()), found, "layer")
+    assert other.sides == found.sides
+    assert other.U_B is not found.U_B
+    together = renewed(Product(correlated(96, 5), Q, Sides()), found, "layer")
+    assert together.sides == Sides()
+    # A side that is no multiple of the other one is one side.
+    assert renewed(Product(P, correlated(60, 1), Sides()), None, "layer").sides == Sides()
+
+
+@pytest.mark.parametrize(
+    ("d", "other", "size"),
+    [(384, 129, 128), (384, 128, 128), (96, 33, 32), (512, 65, 64), (128, 129, None),
+     (129, 64, None), (96, 60, None), (60, 10, None), (784, 256, None), (10, 0, None)],
+)  # fmt: skip
+def test_a_side_may_be_several_of_the_other_one(d: int, other: int, size: int | None):
+    assert fused(d, other) == (None if size is None else Blocks(size, d))
 
 
 def test_what_is_not_finite_is_refused_by_name():

@@ -157,6 +157,84 @@ def test_a_side_may_go_from_its_own_axes_to_a_basis_and_back():
         torch.testing.assert_close(moments.v, expected)
 
 
+@pytest.mark.parametrize(
+    "kinds", list(itertools.permutations((DENSE, DIAGONAL, Blocks(2, 4), Blocks(3, 4)), 2))
+)
+def test_a_side_may_be_kept_in_another_way_than_before(kinds):
+    A, B = second_moment(4, 1), second_moment(3, 2)
+    old, new = (eigen_basis(k.of_dense(A), B, "layer", Sides(k, DENSE)) for k in kinds)
+    moments, m, v = Moments(torch.zeros(3, 4)), drawn(3, 4), drawn(3, 4, seed=1).square()
+    moments.m, moments.v = m, v
+    moments.turn_(old, new)
+    torch.testing.assert_close(new.rotate_back(moments.m), old.rotate_back(m))
+    units = torch.eye(12).reshape(12, 3, 4)
+    turned = new.rotate(old.rotate_back(units)).reshape(12, 12)
+    torch.testing.assert_close(moments.v.reshape(-1), v.reshape(-1) @ turned.square())
+
+
+class Attention(nn.Module):
+    """One head of 32 numbers, whose query, key and value are made by one matrix or by three."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.out, whole = nn.Linear(32, 3), nn.Linear(32, 96)
+        self.maps = nn.ModuleList([whole] if fused else [nn.Linear(32, 32) for _ in range(3)])
+        for k, one in enumerate(self.maps if not fused else ()):
+            one.weight.data = whole.weight.data[32 * k : 32 * (k + 1)].clone()
+            one.bias.data = whole.bias.data[32 * k : 32 * (k + 1)].clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = torch.cat([one(x) for one in self.maps], -1).chunk(3, -1)
+        return self.out(((q @ k.mT / 32**0.5).softmax(-1) @ v).mean(1))
+
+
+def of_attention(fused: bool) -> tuple[Attention, nn.Module, kn.KFAC]:
+    torch.manual_seed(0)
+    model, criterion = Attention(fused), nn.CrossEntropyLoss()
+    optimizer = kn.KFAC(model, criterion, basis="adam", lr=0.01, sharing="expand")
+    return model, criterion, optimizer
+
+
+def train_attention(
+    model: Attention, criterion: nn.Module, optimizer: kn.KFAC, steps: range
+) -> None:
+    for step in steps:
+        x = drawn(64, 5, 32, seed=step) @ drawn(32, 32, seed=-1)
+        y = x.sum(1)[:, :3].argmax(1)
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+
+
+def test_a_query_a_key_and_a_value_of_one_matrix_are_stepped_as_if_they_were_three():
+    found = {}
+    for fused in (True, False):
+        model, criterion, optimizer = of_attention(fused)
+        before = [one.weight.detach().clone() for one in model.maps]
+        train_attention(model, criterion, optimizer, range(1))
+        found[fused] = torch.cat(
+            [one.weight.detach() - b for one, b in zip(model.maps, before, strict=True)]
+        )
+        if fused:
+            basis = optimizer._curvature.inverses["maps.0"]
+            assert basis.sides == Sides(DENSE, Blocks(32, 96))
+    # To the floor under the root, which goes by the matrix's root mean square.
+    torch.testing.assert_close(found[True], found[False], rtol=1e-2, atol=1e-4)
+
+
+def test_a_training_with_a_basis_of_parts_goes_on_from_its_state():
+    model, criterion, optimizer = of_attention(True)
+    train_attention(model, criterion, optimizer, range(5))
+    other, same, again = of_attention(True)
+    other.load_state_dict(model.state_dict())
+    again.load_state_dict(optimizer.state_dict())
+    assert again._curvature.inverses["maps.0"].sides == Sides(DENSE, Blocks(32, 96))
+    train_attention(model, criterion, optimizer, range(5, 12))
+    train_attention(other, same, again, range(5, 12))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert p.equal(q)
+
+
 @pytest.mark.parametrize("cast", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_model_may_be_cast_in_mid_training(cast):
     torch.manual_seed(0)

@@ -184,7 +184,9 @@ def test_renewals_start_afresh_with_a_new_kind_of_step() -> None:
     assert planner.age(38) == 1
 
 
-def test_normalised_steps_renew_factors_half_as_often_after_the_first_and_remember_as_long() -> None:
+def test_normalised_steps_renew_factors_half_as_often_after_the_first_and_remember_as_long() -> (
+    None
+):
     planner = with_noise(planner_of(), 2.0, 2.0)
     assert planner.settle(0, [], torch.zeros(1))
     (early, _), memory = planner.intervals(), planner.decay()

@@ -44,7 +44,7 @@ from kronewton.pair import (
     oriented,
     pair_inverse,
 )
-from kronewton.structure import DENSE, DIAGONAL, Sides, side_of
+from kronewton.structure import DENSE, DIAGONAL, Blocks, Sides, Structure, side_of
 from kronewton.types import Statistics
 
 ADAM = "adam"  # the basis of normalised steps
@@ -531,11 +531,9 @@ class Curvature:
         if self.basis == ADAM:
             own = [self._own_sides(term) for term in terms]
             sides = common_sides(own[0], own[-1])
-            # A side may have its own axes for a basis, which take no tensor.
-            own_axes = [kept[key].numel() == 0 for key in ("U_A", "U_B")]
-            on_input, on_output = (
-                DIAGONAL if axes else side for axes, side in zip(own_axes, sides, strict=True)
-            )
+            d_out, d_in = kept["s"].shape[-2:]
+            on_input = _of_basis(kept["U_A"], d_in, sides.input, kept["s"].dim())
+            on_output = _of_basis(kept["U_B"], d_out, sides.output, kept["s"].dim())
             return EigenInverse(**kept, sides=Sides(on_input, on_output))
         if len(terms) == 1:
             make = FactoredInverse if self.basis == "factored" else EigenInverse
@@ -548,6 +546,13 @@ class Curvature:
         return ExactPairInverse(
             Product(kept["P1"], kept["Q1"], first), Product(kept["P2"], kept["Q2"], turned), near
         )
+
+
+def _of_basis(U: Tensor, d: int, side: Structure, dims: int) -> Structure:
+    """How a basis of a side is stored: as its factor is, or in less, by U and a matrix's dims."""
+    if U.numel() == 0:
+        return DIAGONAL  # the side's own axes, which take no tensor
+    return Blocks(U.shape[-1], d) if side == DENSE and U.dim() > dims else side
 
 
 @contextmanager

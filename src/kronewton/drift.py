@@ -15,11 +15,12 @@ from torch import Tensor
 from kronewton.inverse import EigenInverse
 from kronewton.linalg import finite
 from kronewton.pair import Product
-from kronewton.structure import DIAGONAL, Sides, Structure
+from kronewton.structure import DENSE, DIAGONAL, Blocks, Sides, Structure, fused
 
 COLUMNS = 16  # of a basis, from which its drift is measured
 TOLERATED = 0.3  # of squared correlations of a coordinate with all others, together
 INDEPENDENT = 1.0  # likewise between a side's own axes: they are as good a basis as any
+APART = 0.2  # of them all, between coordinates of different parts: each part has a basis of its own
 SMALL = 64  # up to this side an eigendecomposition costs no more than asking
 FLOOR = 1e-4  # of the mean eigenvalue: below it correlations mean nothing
 TINY = 1e-30
@@ -34,6 +35,9 @@ def renewed(
 ) -> EigenInverse:
     """An eigenbasis of P ⊗ Q: of each side the old one while it serves, or the side's own axes.
 
+    A side that is several sides of the layer's other one, as of a query, a key and a value that one
+    matrix makes, has a basis for each where these have little to do with each other.
+
     worth: whether a new one is worth its price, of the input's side and of the output's.
     Raises NotPositiveDefinite, naming the layer, if a factor is not finite.
     """
@@ -41,12 +45,22 @@ def renewed(
     if old is not None and old.s.dtype == product.Q.dtype:  # or the model has been cast since
         of_input = (old.sides.input, old.U_A, old.s.sum(-2))
         of_output = (old.sides.output, old.U_B, old.s.sum(-1))
+    d_out, d_in = (
+        side.diagonal(M).shape[-1]
+        for side, M in ((product.sides.output, product.P), (product.sides.input, product.Q))
+    )
     on_input, s_A, U_A = _side(
-        product.Q, product.sides.input, of_input, f"the input factor A of layer '{name}'", worth[0]
+        product.Q,
+        product.sides.input,
+        d_out,
+        of_input,
+        f"the input factor A of layer '{name}'",
+        worth[0],
     )
     on_output, s_B, U_B = _side(
         product.P,
         product.sides.output,
+        d_in,
         of_output,
         f"the gradient factor B of layer '{name}'",
         worth[1],
@@ -58,24 +72,33 @@ def renewed(
 def _side(
     M: Tensor,
     structure: Structure,
+    other: int,
     old: tuple[Structure, Tensor, Tensor] | None,
     what: str,
     worth: bool,
 ) -> tuple[Structure, Tensor, Tensor]:
-    """How the basis of a side is stored, its eigenvalues and its vectors."""
+    """How the basis of a side is stored, its eigenvalues and its vectors; other: of the layer."""
     diagonal = structure.diagonal(M)
     d = diagonal.shape[-1]
     if (d == 1 or d > SMALL) and structure != DIAGONAL and finite(diagonal):
         if d == 1:  # as of a normalisation's inputs
             return DIAGONAL, diagonal.clone(), M.new_zeros(0)
-        if old is not None and old[0] == structure:
-            _, U, s = old
+        whole = M.dim() == 2
+        if old is not None and (old[0] == structure or (whole and isinstance(old[0], Blocks))):
+            before, U, s = old
             s = s * (diagonal.sum(-1) / s.sum(-1).clamp_min(TINY)).unsqueeze(-1)
-            if not worth or float(drift(structure, M, U, s)) < TOLERATED:
-                return structure, s, U
-        stays = old is not None and old[0] == DIAGONAL and not worth
-        if stays or (M.dim() == 2 and float(_among(structure.dense(M), diagonal)) < INDEPENDENT):
+            kept = M if before == structure else before.of_dense(M)
+            if not worth or float(drift(before, kept, U, s)) < TOLERATED:
+                return before, s, U
+        simplest = structure
+        if old is not None and old[0] == DIAGONAL and not worth:
+            simplest = DIAGONAL
+        elif whole:
+            simplest = _simplest(M, diagonal, fused(d, other))
+        if simplest == DIAGONAL:
             return DIAGONAL, diagonal.clone(), M.new_zeros(0)
+        if simplest != structure:
+            structure, M = simplest, simplest.of_dense(M)
     s, U = structure.eigen(M, what)
     return structure, s, U
 
@@ -95,12 +118,22 @@ def drift(structure: Structure, M: Tensor, U: Tensor, s: Tensor) -> Tensor:
     return ((shares - own) / m[..., ::every]).mean()
 
 
-def _among(M: Tensor, diagonal: Tensor) -> Tensor:
-    """The same of a matrix's own axes, all of them."""
+def _simplest(M: Tensor, diagonal: Tensor, parts: Blocks | None) -> Structure:
+    """What a basis needs to hold of a matrix, by the correlations of its own axes."""
     m = (diagonal + FLOOR * diagonal.mean()).clamp_min(TINY)
     root = m.rsqrt()
-    correlations = (M * root).mul_(root.unsqueeze(-1)).flatten()
-    return (torch.dot(correlations, correlations) - (diagonal / m).square().sum()) / len(m)
+    correlations = (M * root).mul_(root.unsqueeze(-1))
+    flat = correlations.flatten()
+    own = (diagonal / m).square().sum()
+    sums = [torch.dot(flat, flat) - own]
+    if parts is not None:
+        sums.append(parts.of_dense(correlations).square().sum() - own)
+    among, *within = torch.stack(sums).tolist()  # one wait
+    if among < INDEPENDENT * len(m):
+        return DIAGONAL
+    if parts is not None and among - within[0] < APART * among:
+        return parts
+    return DENSE
 
 
 def price(M: Tensor, work: int) -> float:

@@ -219,7 +219,7 @@ def _overlap(stats: Statistics, A: Tensor, B: Tensor) -> Tensor:
     whichever is less work.
     """
     S, d_in, d_out = stats.a.counts[1], stats.a.width, stats.b.shape[-1]
-    if S * S >= d_in * d_out:
+    if d_in * d_out <= S * S:
         return _total(
             torch.einsum("...poi,...poi->", B.unsqueeze(-3) @ G @ A.unsqueeze(-3), G)
             for G in example_gradients(stats, B.new_ones(()))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kronewton.inverse import EigenInverse
-from kronewton.structure import DENSE, DIAGONAL, Structure
+from kronewton.structure import DIAGONAL, Structure
 
 FIRST_DECAY, SLOW_DECAY, SECOND_DECAY = 0.8, 0.9, 0.95
 JOURNEY = 0.03  # of a coordinate, in which its gradient is as good as that of one place
@@ -104,10 +104,12 @@ def _carried(v: Tensor, before: Structure, U: Tensor, now: Structure, V: Tensor)
     """Mean squares v (…, d, e) in the basis U, carried into V; either may be a side's own axes."""
     if before == now:
         return now.carry(v, U, V)
-    if {before, now} != {DENSE, DIAGONAL}:  # a side has become another one: its size is kept
-        return v.mean(-2, keepdim=True).expand_as(v).clone()
-    squares = V.square().mT if before == DIAGONAL else U.square()
-    return squares @ v
+    if before == DIAGONAL:
+        return now.left(V.square().mT, v)
+    if now == DIAGONAL:
+        return before.left(U.square(), v)
+    between = now.dense(V).mT @ before.dense(U)
+    return between.square() @ v
 
 
 def restored(kept: Mapping[str, Tensor]) -> Moments:

@@ -17,7 +17,7 @@ from torch import Tensor
 from kronewton.errors import StateError
 from kronewton.layers import ENTRIES, TURNED, Layer
 from kronewton.options import BASES, plain, shown
-from kronewton.structure import DENSE, DIAGONAL, side_of
+from kronewton.structure import DENSE, DIAGONAL, fused, side_of
 
 VERSION = 8
 PRECONDITIONER_VERSION = 1
@@ -242,7 +242,8 @@ def _require_inverse(
     stored = [
         torch.Size((*lead, *way.stored(d)))
         for d, other in sides
-        for way in (DENSE, DIAGONAL, side_of(d, other, largest))
+        for way in (DENSE, DIAGONAL, side_of(d, other, largest), fused(d, other))
+        if way is not None
     ]
     for key, found in kept.items():
         if key == "s":

@@ -338,3 +338,11 @@ def side_of(d: int, other: int, largest: int) -> Structure:
     count = math.ceil(d / max(1, min(other, largest)))
     size = math.ceil(d / count)
     return Blocks(size, d) if size >= LEAST_BLOCK else DIAGONAL
+
+
+def fused(d: int, other: int) -> Blocks | None:
+    """A side of d as several of the layer's other one, without its bias or with; None: as one."""
+    for size in (other - 1, other):
+        if size >= LEAST_BLOCK and size < d and d % size == 0:
+            return Blocks(size, d)
+    return None
