@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import warnings
 from collections.abc import Callable
 
@@ -179,12 +180,15 @@ def test_another_batch_size_in_every_step_costs_less_than_three_times_the_loss(r
     assert task.loss() < 3 * plain.loss()
 
 
-@REGRESSION
-def test_after_a_shift_forty_batches_are_nearly_as_good_as_from_the_start(regression):
-    task = Task(regression).steps(100)
-    task.steps(40, change=turned)
-    fresh = Task(regression).steps(40, change=turned)
-    assert task.loss(turned) < 2 * fresh.loss(turned)
+@pytest.mark.parametrize(("regression", "times"), [(True, 3.0), (False, 1.5)])
+def test_after_a_shift_forty_batches_lead_near_to_where_they_do_from_the_start(regression, times):
+    found = []
+    for seed in range(5):
+        task = Task(regression, seed=seed).steps(100)
+        task.steps(40, change=turned)
+        fresh = Task(regression, seed=seed).steps(40, change=turned)
+        found.append(task.loss(turned) / fresh.loss(turned))
+    assert statistics.median(found) < times
 
 
 def test_after_a_shift_without_noise_twenty_steps_bring_the_loss_back():
