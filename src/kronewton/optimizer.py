@@ -27,6 +27,7 @@ from kronewton.coverage import Coverage
 from kronewton.curvature import due, due_in_turn
 from kronewton.errors import ModelError
 from kronewton.fallback import Fallback
+from kronewton.groups import Groups
 from kronewton.linalg import all_finite, longest
 from kronewton.options import (
     AUTO,
@@ -62,7 +63,11 @@ NO_LENGTH = (
     "model or the loss",
     "Look at whether the loss has a minimum, and whether it is a function of the batch alone.",
 )
-DECAY_UNIT = 1e-3  # weight decay of an automatic step: AdamW's at its usual learning rate
+DIFFERENT = (
+    "the parameter groups multiply the automatic step by different lr: what the quadratic model "
+    "promises is not what is made, and the damping stays as it was found. Give the groups one lr, "
+    "or give numbers for lr and damping."
+)
 
 
 class KFAC(Optimizer):
@@ -187,7 +192,11 @@ class KFAC(Optimizer):
         if model is not None and self._watcher is not None:
             replayer = Replayer(model, self._parameters)
             steering = Steering(
-                watched.precondition, self._scaled, self._gradients, self._normalise, self._change
+                watched.precondition,
+                lambda direction: self._groups.scaled(direction),
+                self._gradients,
+                self._normalise,
+                lambda direction, lr: self._groups.change(direction, lr),
             )
             self._sampler = Sampler(replayer, self._watcher, watched.fisher)
             self._planner = Planner(
@@ -221,7 +230,7 @@ class KFAC(Optimizer):
             return loss
         for group in self.param_groups:  # schedulers and users change them between steps
             check_group(group)
-            check_pace(self._shrinkage(group))
+            check_pace(self._groups.shrinkage(group))
         if self._fallback is not None:
             self._fallback.follow(self.param_groups)
         self._concerns.just_skipped, self._unmade = False, None
@@ -357,28 +366,18 @@ class KFAC(Optimizer):
         steps = self._curvature.normalised(self._watched.matrices(gradients), decay)
         return self._watched.vector(steps, gradients)
 
-    def _scaled(self, direction: Sequence[Tensor]) -> list[Tensor]:
-        """A direction times the groups' lr, where that is a number."""
-        if self.options.lr == AUTO:
-            return list(direction)
-        lr = {id(p): float(g["lr"]) for g in self.param_groups for p in g["params"]}
-        pairs = zip(self._parameters, direction, strict=True)
-        return [d if lr[id(p)] == 1 else d * lr[id(p)] for p, d in pairs]
-
     def _far_from_overflow(self, plan: Plan) -> bool:
         """Whether a step is finite, and so short that many like it are.
 
         Norms stand for the largest number: a sum of squares costs no more than a sum.
         """
-        factor = max(1.0, *[float(group["lr"]) for group in self.param_groups])
         earlier = longest(self._previous or ()) if plan.momentum else 0.0
         length = abs(plan.lr) * longest(plan.direction) + longest(plan.refinement)
         most = min(torch.finfo(dtype).max for dtype in {p.dtype for p in self._parameters})
-        return bool(factor * (length + abs(plan.momentum) * earlier) < most**0.5)
+        return bool(self._groups.longest() * (length + abs(plan.momentum) * earlier) < most**0.5)
 
     def _move(self, plan: Plan) -> None:
         """Δ = lr·d + momentum·Δ_previous; a group's factor of an automatic lr is applied last."""
-        self._shrink_weights()
         if self._previous is None:
             self._previous = list(torch._foreach_mul(plan.direction, plan.lr))
         else:
@@ -386,76 +385,25 @@ class KFAC(Optimizer):
             torch._foreach_add_(self._previous, plan.direction, alpha=plan.lr)
         if plan.refinement:
             torch._foreach_add_(self._previous, list(plan.refinement))
-        self._add_step()
-
-    def _add_step(self) -> None:
-        """Add the step to the parameters that have a gradient."""
-        assert self._previous is not None
-        automatic = self.options.lr == AUTO
-        for group in self.param_groups:
-            factor = float(group["lr"]) if automatic else 1.0
-            at = [self._place[id(p)] for p in group["params"] if id(p) in self._place]
-            moving = [i for i in at if self._parameters[i].grad is not None]
-            if moving:
-                torch._foreach_add_(
-                    [self._parameters[i] for i in moving],
-                    [self._previous[i] for i in moving],
-                    alpha=factor,
-                )
-
-    def _change(self, direction: Sequence[Tensor], lr: float) -> list[Tensor]:
-        """What a step of this length changes in the parameters, all things considered."""
-        found = list(torch._foreach_mul(list(direction), lr))
-        still = set(range(len(found)))
-        for group in self.param_groups:
-            factor = float(group["lr"]) if self.options.lr == AUTO else 1.0
-            shrink = self._shrinkage(group)
-            for p in group["params"]:
-                i = self._place.get(id(p))
-                if i is None or p.grad is None:
-                    continue
-                still.discard(i)
-                if factor != 1 or shrink:
-                    found[i] = factor * found[i] - shrink * p.detach()
-        for i in still:
-            found[i] = torch.zeros_like(found[i])
-        return found
+        self._groups.move(self._previous)
 
     def _take_back(self, kept: Sequence[Tensor]) -> None:
         """Put copies back: what was added and is subtracted again leaves its rounding behind."""
         torch._foreach_copy_(self._parameters, list(kept))
         self._previous = None
 
+    @property
+    def _groups(self) -> Groups:
+        """The groups as they are now: schedulers, users and states change them."""
+        automatic = self.options.lr == AUTO
+        return Groups(self.param_groups, self._parameters, self._place, automatic)
+
     def _common_factor(self) -> float:
         """What the groups multiply an automatic step with; NaN if they differ."""
-        if self.options.lr != AUTO:
-            return 1.0
-        factors = {
-            float(group["lr"])
-            for group in self.param_groups
-            if any(id(p) in self._place for p in group["params"])
-        }
+        factors = self._groups.factors()
         if len(factors) > 1 and self.options.damping == AUTO:
-            self._concerns.say(
-                "the parameter groups multiply the automatic step by different lr: what the "
-                "quadratic model promises is not what is made, and the damping stays as it was "
-                "found. Give the groups one lr, or give numbers for lr and damping."
-            )
+            self._concerns.say(DIFFERENT)
         return factors.pop() if len(factors) == 1 else math.nan
-
-    def _shrink_weights(self) -> None:
-        """Shrink the weights once."""
-        for group in self.param_groups:
-            if group["weight_decay"]:
-                factor = 1 - self._shrinkage(group)
-                for p in group["params"]:
-                    if id(p) in self._place and p.grad is not None:
-                        p.mul_(factor)
-
-    def _shrinkage(self, group: Mapping[str, Any]) -> float:
-        """The part of a group's weights that a step takes away."""
-        unit = DECAY_UNIT if self.options.lr == AUTO else 1.0
-        return unit * float(group["lr"]) * float(group["weight_decay"])
 
     def _drop_damaged(self) -> None:
         """Let go of what is kept and is not finite: the next batch starts it afresh."""
