@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from statistics import mode
 from typing import Any, ClassVar
@@ -26,7 +26,6 @@ from kronewton.fisher import Fisher
 from kronewton.graph import folded, leads_to, pulled
 from kronewton.hooks import Arrival, Commit, Hook, Received, remove
 from kronewton.layers import TURNED, Call, Found, Layer, Seen
-from kronewton.layers.base import at_least_float32
 from kronewton.layers.functional import matrices, sightings
 from kronewton.losses import check, check_values
 from kronewton.part import LayerCall, Part
@@ -45,10 +44,9 @@ from kronewton.replay import (
 )
 from kronewton.rows import joined
 from kronewton.several import together
+from kronewton.whole import CHECKED, Whole
 
 OWN_FUNCTIONS = (nn.MultiheadAttention,)  # modules that are seen from inside, wherever called from
-CHECKED = 3  # captures in which the criteria are compared with the whole loss
-SHARE = 0.02  # of the gradient in the model's outputs that may come from elsewhere
 STRAY_FORWARDS = 8  # forwards without a backward whose graphs are kept at most
 
 
@@ -74,8 +72,7 @@ class Watcher:
         self._indirect = False  # the criterion was seen on something that the model did not return
         self.replays = replays
         self.found, self.fisher, self.criteria = found, fisher, tuple(criteria)
-        self.partial = ""  # why the criteria are not the whole loss, once that has shown
-        self._to_check = CHECKED if criteria and not fisher.rides_along else 0
+        self.whole = Whole(criteria, CHECKED if criteria and not fisher.rides_along else 0)
         self.filing = Filing(found.layers)
         self._inside = {id(m) for m in model.modules()} & {id(c) for c in criteria}
         self.layers: dict[int, list[Layer]] = {}  # by the module whose calls show them
@@ -132,23 +129,23 @@ class Watcher:
         self._arrivals: list[tuple[LayerCall, dict[int, Tensor]]] = []
         self._uses: list[tuple[int, Use]] = []
         self._inner_calls: dict[int, int] = {}  # of a criterion inside the model, in this forward
-        self._received: dict[int, Tensor] = {}  # gradients in the model's outputs, by their ids
+        self.whole.received = {}
 
     def discard(self) -> None:
         """Forget what was committed: its gradients are thrown away."""
         for part in self.parts:
             part.weight = None  # of another backward pass, should there be one
-        self.parts, self._arrivals, self._received = [], [], {}
+        self.parts, self._arrivals, self.whole.received = [], [], {}
 
     def forget_first(self, parts: int, arrivals: int, received: Collection[int]) -> None:
         """Forget what `seen` told of: its step was not made, and its gradients are gone."""
         self.parts, self._arrivals = self.parts[parts:], self._arrivals[arrivals:]
-        self._received = {i: g for i, g in self._received.items() if i not in received}
+        self.whole.forget(received)
 
     @property
     def seen(self) -> tuple[int, int, set[int]]:
         """How much was committed so far since the last step."""
-        return len(self.parts), len(self._arrivals), set(self._received)
+        return len(self.parts), len(self._arrivals), set(self.whole.received)
 
     @property
     def pending(self) -> bool:
@@ -197,7 +194,8 @@ class Watcher:
         for part in parts:
             for name, stats in part.statistics.items():
                 part.statistics[name] = joined(stats)
-        self._compare(parts)
+        if self._checking:
+            self.whole.compare(parts)
         self._clear()
         return parts, len({part.key for part in parts}) < len(parts)
 
@@ -250,39 +248,7 @@ class Watcher:
 
     @property
     def _checking(self) -> bool:
-        return self.capturing and self._to_check > 0 and not (self._inside or self._sampling)
-
-    def _expect(self, part: Part, loss: Tensor) -> None:
-        """Note the criterion's own gradient in everything that the model has returned."""
-        outputs = [found[1] for found in self._outputs if found[1].requires_grad]
-        if outputs:
-            with self.paused():
-                found = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
-            pairs = zip(outputs, found, strict=True)
-            part.expected = {id(t): g.detach() for t, g in pairs if g is not None}
-
-    @torch.no_grad()
-    def _compare(self, parts: Sequence[Part]) -> None:
-        """Whether what arrived in the model's outputs is what the criteria gave."""
-        known = bool(parts) and all(p.call is not None and p.expected for p in parts)
-        if not self._checking or not known:
-            return
-        self._to_check -= 1
-        half = any(g.dtype not in (torch.float32, torch.float64) for g in self._received.values())
-        # A scaler's first scale, 65536, is infinite in half precision.
-        rest = {i: at_least_float32(g) for i, g in self._received.items()}
-        for part in parts:
-            for i, g in part.expected.items():
-                if part.weight is not None and i in rest:
-                    rest[i] = rest[i] - part.weight * at_least_float32(g)
-        left, whole = (_length(gradients) for gradients in (rest, self._received))
-        if bool(left > (0.3 if half else SHARE) * whole):
-            self.partial = (
-                "the gradient in the model's outputs is not that of "
-                f"{' and '.join(type(c).__name__ for c in self.criteria)} alone: the loss has "
-                "terms that were not watched. Pass all of its criteria, criterion=(first, "
-                "second), or one criterion that computes the whole loss"
-            )
+        return self.capturing and self.whole.left > 0 and not (self._inside or self._sampling)
 
     def _on_layer(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self.capturing or not self._watching():
@@ -380,9 +346,10 @@ class Watcher:
         if part is not None:
             part.loss = loss.detach()
             if self._checking:
-                self._expect(part, loss)
+                with self.paused():
+                    self.whole.expect(part, loss, [found[1] for found in self._outputs])
             if moving and whole is None:
-                self.partial = (
+                self.whole.partial = (
                     f"{type(criterion).__name__} is given a second argument that the model "
                     "computes, and its Hessian is taken in the first one only. Let the model "
                     "return one tensor that the criterion takes apart"
@@ -553,9 +520,8 @@ class Watcher:
         self._arrivals.append((call, {k: gradient}))
 
     def received(self, i: int, gradient: Tensor) -> None:
-        """Add up the gradients of the whole loss in an output of the model."""
-        known = self._received.get(i)
-        self._received[i] = gradient if known is None else known + gradient
+        """Keep the gradient of the whole loss in an output of the model."""
+        self.whole.add(i, gradient)
 
     def _arrived_rows(self) -> Iterator[tuple[LayerCall, Tensor]]:
         for call, gradients in self._arrivals:
@@ -603,12 +569,6 @@ class Watcher:
             stats = self.filing.statistics(call, b * N**0.5, one / N)
             part.statistics.setdefault(call.term, []).append(stats)
         return [part]
-
-
-def _length(gradients: Mapping[int, Tensor]) -> Tensor:
-    """The norm of several tensors together."""
-    squares = [g.double().square().sum() for g in gradients.values()]
-    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
 
 def _numbers(gradient: Tensor) -> Tensor:

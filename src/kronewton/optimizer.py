@@ -268,11 +268,11 @@ class KFAC(Optimizer):
         """Whether a step was made, and not taken back."""
         parts = self._collected(watcher)
         require_curved(parts, self.options.refine)
-        planner.partial = bool(watcher.partial)
-        if watcher.partial:
+        planner.partial = bool(watcher.whole.partial)
+        if watcher.whole.partial:
             self._concerns.say(
-                f"{watcher.partial}. Until then the curvature is that of the watched part, no "
-                "quadratic model is asked, and fixed rules choose what is automatic."
+                f"{watcher.whole.partial}. Until then the curvature is that of the watched part, "
+                "no quadratic model is asked, and fixed rules choose what is automatic."
             )
         if watcher.capturing:
             self._concerns.say_all(of_uncalled(planner, parts))

@@ -190,8 +190,8 @@ class Preconditioner:
 
     def _warn_of(self, watcher: Watcher, parts: Sequence[Part]) -> None:
         say = self._watched.concerns.say
-        if watcher.partial:
-            say(f"{watcher.partial}. Until then the curvature is that of the watched part.")
+        if watcher.whole.partial:
+            say(f"{watcher.whole.partial}. Until then the curvature is that of the watched part.")
         there = {id(p.grad) for p in self._watched.parameters}
         if watcher.stale and any(id(ref()) in there for ref in self._replaced if ref() is not None):
             say(

@@ -86,7 +86,7 @@ class Saved:
         numbers = read_scalars(ours[0]["scalars"])
         watched.load(self._by_layer(ours), _basis(numbers), numbers, ours[0]["generator"])
         if watched.watcher is not None:
-            watched.watcher.partial = PARTIAL if numbers["partial"] else ""
+            watched.watcher.whole.partial = PARTIAL if numbers["partial"] else ""
         self.averages.load([(p, ours.get(index[id(p)], {})) for p in watched.all])
         if self.planner is not None:
             _restore(self.planner, numbers)
@@ -113,7 +113,7 @@ class Saved:
         watched, planner = self.watched, self.planner
         found: dict[str, float | None] = {
             "basis": float(BASES.index(watched.curvature.basis)),
-            "partial": watched.watcher is not None and bool(watched.watcher.partial),
+            "partial": watched.watcher is not None and bool(watched.watcher.whole.partial),
             **watched.numbers(),
         }
         return found if planner is None else {**found, **_of_planner(planner)}
