@@ -943,3 +943,16 @@ def test_looking_for_the_models_output_is_no_training_gradient():
         loss.backward()
         assert len(optimizer._watcher._arrivals) == (4 if several else 2)
         optimizer.close()
+
+
+def test_a_gradient_that_cancels_to_rounding_is_no_layer_that_is_used_in_unseen_ways():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).float()
+    model[0].weight.requires_grad_(False)  # what is left, its bias, has no effect
+    criterion = nn.CrossEntropyLoss()
+    optimizer = KFAC(model, criterion)
+    x, y = 100 + torch.randn(32, 6).float(), torch.randint(0, 3, (32,))
+    criterion(model(x), y).backward()
+    optimizer.step()
+    assert 0 < float(model[0].bias.grad.abs().max()) < 1e-5
+    assert optimizer._watcher.filing.unexplained == {}

@@ -115,8 +115,29 @@ def test_parts_of_a_side_that_have_little_to_do_with_each_other_have_a_basis_eac
     assert other.U_B is not found.U_B
     together = renewed(Product(correlated(96, 5), Q, Sides()), found, "layer")
     assert together.sides == Sides()
-    # A side that is no multiple of the other one is one side.
+    # Parts that come to have to do with each other, though each is as it was.
+    between = torch.tensor([[1.0, 0.9, 0.8], [0.9, 1.0, 0.9], [0.8, 0.9, 1.0]])
+    one = correlated(32, 10)
+    apart = renewed(Product(torch.kron(torch.eye(3), one), Q, Sides()), None, "layer")
+    assert apart.sides == found.sides
+    coupled = Product(torch.kron(between, one), Q, Sides())
+    assert renewed(coupled, apart, "layer").sides == Sides()
+    assert renewed(coupled, apart, "layer", (True, False)).U_B is apart.U_B  # not worth asking
+    # A side that is no multiple of the other one is one side, and so is an input's.
     assert renewed(Product(P, correlated(60, 1), Sides()), None, "layer").sides == Sides()
+    turned = renewed(Product(correlated(32, 1), P, Sides()), None, "layer")
+    assert turned.sides.input == DENSE
+
+
+@pytest.mark.parametrize("cross", [0.25, 0.4])
+def test_a_fifth_of_the_squared_correlations_between_parts_is_too_much(cross: float):
+    one, unit = torch.full((32, 32), 0.5).fill_diagonal_(1), torch.eye(3)
+    P = torch.kron(unit + cross * (1 - unit), one)  # the correlations themselves
+    squares = P.square().fill_diagonal_(0)
+    between = 1 - float(torch.kron(unit, torch.ones(32, 32)).mul(squares).sum() / squares.sum())
+    assert (between < 0.15) if cross < 0.3 else (0.25 < between < 0.3)
+    found = renewed(Product(P, correlated(33, 1), Sides()), None, "layer")
+    assert found.sides.output == (Blocks(32, 96) if between < 0.2 else DENSE)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from kronewton.factors import (
     Moment,
     all_reduced,
     batch_factors,
+    nearer_sharing,
     rotated,
     thinned,
     with_corrected,
@@ -43,9 +44,38 @@ def exact_block(stats: Statistics) -> Tensor:
     return G.T @ G
 
 
+def farther(stats: Statistics, factors: Factors) -> float:
+    """‖H − B ⊗ A‖² less ‖H‖², for the exact block H."""
+    product = torch.kron(factors.B.mean, factors.A.mean)
+    return float(product.square().sum() - 2 * (exact_block(stats) * product).sum())
+
+
 def assert_same(found: Factors, wanted: Factors) -> None:
     torch.testing.assert_close(found.A.mean, wanted.A.mean, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(found.B.mean, wanted.B.mean, rtol=1e-12, atol=1e-14)
+
+
+# Expand or reduce.
+
+
+@pytest.mark.parametrize("S", [2, 4])  # by products of rows, and by per-example gradients
+def test_sharing_is_what_is_nearer_to_the_exact_block_of_other_examples(S: int):
+    chosen = []
+    for seed in range(24):
+        torch.manual_seed(seed)
+        own = torch.randn(8, 1, 3) + (seed % 5) * torch.randn(8, S, 3)  # inputs that are more alike
+        a, b = own, torch.randn(2, 8, 1, 2) + 0.8 * torch.randn(2, 8, S, 2)
+        left, right = (
+            Statistics(DenseRows(a[at]), b[:, at], torch.tensor(0.1), loss_positions=1)
+            for at in (slice(0, 4), slice(4, 8))
+        )
+        expand = farther(right, batch_factors([(left, ONE)]))
+        reduce = farther(right, batch_factors(all_reduced([(left, ONE)])))
+        whole = Statistics(DenseRows(a), b, torch.tensor(0.1), loss_positions=1)
+        found = nearer_sharing([(whole, ONE)])
+        assert found == ("reduce" if reduce < expand else "expand")
+        chosen.append(found)
+    assert min(chosen.count("expand"), chosen.count("reduce")) >= 4
 
 
 # Moments.

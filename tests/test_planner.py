@@ -198,6 +198,10 @@ def test_normalised_steps_renew_factors_half_as_often_after_the_first_and_rememb
     assert planner.decay() == pytest.approx(memory**2)  # over as many steps
     planner.curvature.restless = 0.1
     assert planner.intervals() == CALM_RENEWALS
+    given = with_noise(planner_of(factor_every=4), 2.0, 2.0)
+    assert given.settle(0, [], torch.zeros(1))
+    given.pace = planner.pace
+    assert (given.intervals()[0], given.decay()) == (4, memory)  # the user's, and so as ever
 
 
 @pytest.mark.parametrize("criterion", [nn.MSELoss(), nn.CrossEntropyLoss(label_smoothing=0.1)])

@@ -316,3 +316,26 @@ def test_groups_that_are_none_are_refused(groups):
     run = Training(CONFIGS["nothing set"])
     with pytest.raises(StateError, match="'param_groups' are not tables with a list"):
         run.optimizer.load_state_dict({"state": {}, "param_groups": groups})
+
+
+@pytest.mark.parametrize("basis", ["adam", "factored", "eigen"])
+@pytest.mark.parametrize("largest", [64, 40, 20, 8])
+def test_a_state_goes_on_with_a_lower_largest_side(basis: str, largest: int) -> None:
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(32, 96), nn.CrossEntropyLoss()
+    x, y = torch.randn(64, 32), torch.randint(0, 96, (64,))
+    first = KFAC(model, criterion, basis=basis)
+    second = KFAC(copy.deepcopy(model), criterion, basis=basis, largest_side=largest)
+    state = None
+    for optimizer in (first, second):
+        if state is not None:
+            optimizer.load_state_dict(state)
+        for _ in range(25):
+            optimizer.zero_grad()
+            trained = optimizer._watcher._model()
+            loss = criterion(trained(x), y)
+            loss.backward()
+            optimizer.step()
+        state = optimizer.state_dict()
+        assert float(optimizer.diagnostics()["skipped"]) == 0
+    assert float(loss.detach()) < 4.0  # log 96 is 4.6

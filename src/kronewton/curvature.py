@@ -400,9 +400,10 @@ class Curvature:
         worth = [pays(price(M, work), most, *turn) for M in (one.Q, one.P)]
         new = renewed(one, old, name, worth)
         if old is not None:
-            sides = ((old.U_A, new.U_A, worth[0]), (old.U_B, new.U_B, worth[1]))
-            for before, now, asked in sides:
-                if asked and now.shape[-1] > SMALL and now.numel():
+            d_out, d_in = new.s.shape[-2:]
+            sides = ((d_in, old.U_A, new.U_A, worth[0]), (d_out, old.U_B, new.U_B, worth[1]))
+            for d, before, now, asked in sides:
+                if asked and d > SMALL and now.numel():
                     drifted = float(now is not before)
                     self.restless += (drifted - self.restless) / RESTLESS_MEMORY
         return new
@@ -516,7 +517,8 @@ class Curvature:
                     for key in ("A", "B", "s")
                     if f"{key}_total{how}" in kept
                 }
-                self.factors[term] = Factors(**moments, sides=self.sides(term))
+                sides = self._sides_of(term, [moments[key].total for key in "AB"])
+                self.factors[term] = Factors(**moments, sides=sides)
         if "seen" in kept:
             self.rows[name] = int(kept["seen"])
         inverse = {k.removeprefix("inverse_"): t for k, t in kept.items() if "inverse_" in k}
@@ -525,6 +527,16 @@ class Curvature:
         steps = {k.removeprefix("moments_"): t for k, t in kept.items() if "moments_" in k}
         if steps:
             self.moments[name] = restored(steps)
+
+    def _sides_of(self, term: str, totals: Sequence[Tensor]) -> Sides:
+        """How A and B that were saved are stored: `largest_side` may have been another one."""
+        sides = self.sides(term)
+        if term.endswith(ENTRIES):
+            return sides
+        layer = self.layers[layer_of(term)]
+        lead = layer.kind.matrix(layer, layer.parameters()).dim() - 2
+        of_dims = {1: DIAGONAL, 2: DENSE}  # blocks have three, and are those of now
+        return Sides(*(of_dims.get(t.dim() - lead, s) for t, s in zip(totals, sides, strict=True)))
 
     def _restored(self, name: str, kept: Mapping[str, Tensor]) -> Inverse:
         terms = self.terms(name)

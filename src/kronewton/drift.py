@@ -35,7 +35,7 @@ def renewed(
 ) -> EigenInverse:
     """An eigenbasis of P ⊗ Q: of each side the old one while it serves, or the side's own axes.
 
-    A side that is several sides of the layer's other one, as of a query, a key and a value that one
+    An output's side that is several of the input's, as of a query, a key and a value that one
     matrix makes, has a basis for each where these have little to do with each other.
 
     worth: whether a new one is worth its price, of the input's side and of the output's.
@@ -45,14 +45,12 @@ def renewed(
     if old is not None and old.s.dtype == product.Q.dtype:  # or the model has been cast since
         of_input = (old.sides.input, old.U_A, old.s.sum(-2))
         of_output = (old.sides.output, old.U_B, old.s.sum(-1))
-    d_out, d_in = (
-        side.diagonal(M).shape[-1]
-        for side, M in ((product.sides.output, product.P), (product.sides.input, product.Q))
-    )
+    d_out = product.sides.output.diagonal(product.P).shape[-1]
+    d_in = product.sides.input.diagonal(product.Q).shape[-1]
     on_input, s_A, U_A = _side(
         product.Q,
         product.sides.input,
-        d_out,
+        None,
         of_input,
         f"the input factor A of layer '{name}'",
         worth[0],
@@ -60,7 +58,7 @@ def renewed(
     on_output, s_B, U_B = _side(
         product.P,
         product.sides.output,
-        d_in,
+        fused(d_out, d_in),
         of_output,
         f"the gradient factor B of layer '{name}'",
         worth[1],
@@ -72,32 +70,38 @@ def renewed(
 def _side(
     M: Tensor,
     structure: Structure,
-    other: int,
+    parts: Blocks | None,
     old: tuple[Structure, Tensor, Tensor] | None,
     what: str,
     worth: bool,
 ) -> tuple[Structure, Tensor, Tensor]:
-    """How the basis of a side is stored, its eigenvalues and its vectors; other: of the layer."""
+    """How the basis of a side is stored, its eigenvalues and its vectors.
+
+    parts: that a dense one may have.
+    """
     diagonal = structure.diagonal(M)
     d = diagonal.shape[-1]
     if (d == 1 or d > SMALL) and structure != DIAGONAL and finite(diagonal):
         if d == 1:  # as of a normalisation's inputs
             return DIAGONAL, diagonal.clone(), M.new_zeros(0)
-        whole = M.dim() == 2
-        if old is not None and (old[0] == structure or (whole and isinstance(old[0], Blocks))):
+        dense = M.dim() == 2  # and one matrix
+        simplest = None
+        if old is not None and (old[0] == structure or (dense and isinstance(old[0], Blocks))):
             before, U, s = old
             s = s * (diagonal.sum(-1) / s.sum(-1).clamp_min(TINY)).unsqueeze(-1)
+            if before != structure and worth:  # what is between parts, their drift does not show
+                simplest = _simplest(M, diagonal, parts)
             kept = M if before == structure else before.of_dense(M)
-            if not worth or float(drift(before, kept, U, s)) < TOLERATED:
+            serves = simplest in (None, before)
+            if not worth or (serves and float(drift(before, kept, U, s)) < TOLERATED):
                 return before, s, U
-        simplest = structure
         if old is not None and old[0] == DIAGONAL and not worth:
             simplest = DIAGONAL
-        elif whole:
-            simplest = _simplest(M, diagonal, fused(d, other))
+        elif dense and simplest is None:
+            simplest = _simplest(M, diagonal, parts)
         if simplest == DIAGONAL:
             return DIAGONAL, diagonal.clone(), M.new_zeros(0)
-        if simplest != structure:
+        if simplest is not None and simplest != structure:
             structure, M = simplest, simplest.of_dense(M)
     s, U = structure.eigen(M, what)
     return structure, s, U

@@ -168,8 +168,10 @@ class Planner:
             return self.options.factor_decay
         # Without noise this batch is all there is, and where the weights were is in the way.
         quiet = 0.0 if self.options.refine else QUIET_DECAY
-        # Twice as far apart, and as long a memory.
-        return {"none": quiet, "normalised": DECAY**2}.get(self._known(), DECAY)
+        known = self._known()
+        if known == "normalised" and isinstance(self.options.factor_every, str):
+            return DECAY**2  # twice as far apart, and as long a memory
+        return quiet if known == "none" else DECAY
 
     def rows(self) -> int | None:
         """How many rows of a layer are enough for its factors; None: all that there are."""

@@ -341,7 +341,7 @@ def side_of(d: int, other: int, largest: int) -> Structure:
 
 
 def fused(d: int, other: int) -> Blocks | None:
-    """A side of d as several of the layer's other one, without its bias or with; None: as one."""
+    """An output's side of d as several of the input's, without its bias or with; None: as one."""
     for size in (other - 1, other):
         if size >= LEAST_BLOCK and size < d and d % size == 0:
             return Blocks(size, d)
