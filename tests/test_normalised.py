@@ -395,6 +395,23 @@ def test_trials_are_in_all_first_steps_and_then_rarer_while_the_ceiling_stays():
     assert jumped.gap == pace.gap // 2
 
 
+def test_a_ceiling_that_is_of_long_ago_is_left_by_more_trials():
+    pace, times = Pace(lr=0.01), []
+    for step in range(300):
+        pace = PACING.agreed(pace, None)
+        if PACING.looks(pace):
+            # Slope and bend of a place that is left at step 60 are a thousand times as large.
+            slope, bend = (-1000.0, 1e5) if step < 60 else (-1.0, 10.0)
+            pace = PACING.modelled(pace, slope, bend)
+            times.append((step, pace.ceiling))
+    assert dict(times)[next(step for step, _ in times if step >= 60)] == pytest.approx(
+        0.01, rel=0.1
+    )
+    assert pace.ceiling == pytest.approx(0.1, rel=0.1)
+    assert next(step for step, ceiling in times if ceiling > 0.09) < 130
+    assert len(times) < 60  # and then they are rare again
+
+
 def test_after_a_bad_trial_steps_have_a_limit_that_doubles_until_it_is_gone():
     pace = Pace(lr=0.05, ceiling=0.05, steps=99, gap=8, look=105)
     # From slope −1 a change of 0.15 at 0.05 is a bend of 160: best at 1/160.

@@ -201,7 +201,8 @@ class Pacing:
     batch before it is made, now and then, and where little of what was promised comes, the parabola
     through the loss here, its slope and the loss there takes the model's place. Trials are in each
     of the `first` steps, then rarer by a factor of two whenever the ceiling has changed by less
-    than a factor of `sudden`, and less rare when by more; `rarest` steps apart at most. A step that
+    than a factor of `sudden`, and less rare when by more, or when the model of now allows more than
+    `sudden` squared times as much; `rarest` steps apart at most. A step that
     is not tried keeps to `untried` of the last trial's ceiling, which may have come down since.
     """
 
@@ -249,6 +250,8 @@ class Pacing:
         running = max(-slope, 0.0) / bend if bend > 0 else math.inf
         ceiling = min(now, running)
         calm = pace.ceiling / self.sudden <= ceiling <= pace.ceiling * self.sudden
+        # The running means are of what was steeper, for long.
+        calm = calm and not self.sudden**2 * ceiling < now < math.inf
         gap = min(2 * pace.gap, self.rarest) if calm else pace.gap // 2
         always = pace.steps <= self.first or math.isfinite(pace.limit)
         gap = 1 if always else max(1, gap)
