@@ -26,6 +26,7 @@ from kronewton.factors import Factors, batch_factors, reduced_factors, with_corr
 from kronewton.fisher import Fisher
 from kronewton.layers import find_layers
 from kronewton.options import criteria_of
+from kronewton.whole import CHECKED
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -956,3 +957,16 @@ def test_a_gradient_that_cancels_to_rounding_is_no_layer_that_is_used_in_unseen_
     optimizer.step()
     assert 0 < float(model[0].bias.grad.abs().max()) < 1e-5
     assert optimizer._watcher.filing.unexplained == {}
+
+
+def test_criteria_are_compared_with_the_whole_loss_in_the_first_captures_alone():
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(6, 3), nn.CrossEntropyLoss()
+    optimizer = KFAC(model, criterion, basis="eigen", factor_every=1)
+    left = []
+    for _ in range(CHECKED + 2):
+        optimizer.zero_grad()
+        criterion(model(torch.randn(8, 6)), torch.randint(0, 3, (8,))).backward()
+        optimizer.step()
+        left.append(optimizer._watcher.whole.left)
+    assert left == [*range(CHECKED - 1, 0, -1), 0, 0, 0]
