@@ -70,7 +70,7 @@ VALID: dict[str, tuple[Any, ...]] = {
     "trust_region": ("auto", None, *RATES),
     "fisher": ("sampled", "exact", "empirical"),
     "sharing": ("auto", "expand", "reduce", "best", {"*": "best"}, {}),
-    "basis": ("auto", "factored", "eigen", "corrected", "adam"),
+    "basis": ("auto", "factored", "eigen", "corrected", "adam", "orthogonal"),
     "refine": (0, 1, 3),
     "refine_tolerance": RATES,
     "curvature_batches": (1, 2, 2**62),

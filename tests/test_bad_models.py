@@ -20,7 +20,7 @@ import kronewton as kn
 from kronewton.errors import KronewtonError, KronewtonWarning
 
 V, D = 11, 8  # tokens, width
-BASES = ("factored", "eigen", "corrected", "adam")
+BASES = ("factored", "eigen", "corrected", "adam", "orthogonal")
 Loss = Callable[[], Tensor]
 FISHERS = ["empirical", "exact", "sampled"]
 
@@ -777,7 +777,7 @@ def test_another_precision_of_every_kind() -> None:
 @pytest.mark.parametrize(("tied", "refine"), [(False, 0), (True, 2)])
 def test_a_resumed_training_of_every_kind(basis: str, tied: bool, refine: int) -> None:
     data = [sentences(k) for k in range(5)]
-    options = {"basis": basis, "refine": 0 if basis == "adam" else refine}
+    options = {"basis": basis, "refine": 0 if basis in ("adam", "orthogonal") else refine}
 
     def run(model: nn.Module, c: nn.Module, optimizer: kn.KFAC, batches: Any) -> None:
         for x, y in batches:
@@ -797,7 +797,7 @@ def test_a_resumed_training_of_every_kind(basis: str, tied: bool, refine: int) -
 
 
 @pytest.mark.parametrize(
-    ("basis", "tied"), list(zip(BASES, (False, True, True, True), strict=True))
+    ("basis", "tied"), list(zip(BASES, (False, True, True, True, False), strict=True))
 )
 def test_a_state_of_other_sizes_is_refused(basis: str, tied: bool) -> None:
     criterion = nn.CrossEntropyLoss()

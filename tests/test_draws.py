@@ -284,7 +284,7 @@ class Tied(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("basis", ["factored", "eigen", "corrected", "adam"])
+@pytest.mark.parametrize("basis", ["factored", "eigen", "corrected", "adam", "orthogonal"])
 def test_a_model_that_is_cast_between_two_uses_of_a_weight(basis):
     torch.manual_seed(0)
     model, criterion = Tied(), nn.MSELoss()

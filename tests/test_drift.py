@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kronewton import KFAC
-from kronewton.drift import INDEPENDENT, SMALL, TOLERATED, drift, pays, price, renewed
+from kronewton.drift import ASKED, INDEPENDENT, SMALL, TOLERATED, drift, pays, price, renewed
 from kronewton.errors import NotPositiveDefinite
 from kronewton.inverse import eigen_basis
 from kronewton.pair import Product
@@ -74,6 +74,18 @@ def test_small_sides_are_always_renewed():
     one = Product(correlated(5, 0), correlated(6, 1), Sides())
     old = renewed(one, None, "layer")
     assert renewed(one, old, "layer").U_A is not old.U_A
+
+
+@pytest.mark.parametrize("d", [4, ASKED, SMALL])
+def test_a_small_side_whose_axes_are_independent_keeps_them_from_sixteen_on(d):
+    """As of outputs of squared errors, whatever their number: their noise is independent."""
+    rows = torch.randn(500, d, generator=torch.Generator().manual_seed(0))
+    one = Product(rows.T @ rows, correlated(LARGE, 1), Sides())
+    old = renewed(one, None, "layer")
+    for found in (old, renewed(one, old, "layer")):
+        assert found.sides == Sides(DENSE, DENSE if d < ASKED else DIAGONAL)
+    again = renewed(Product(correlated(d, 3), one.Q, Sides()), old, "layer")
+    assert again.sides == Sides()
 
 
 def test_a_side_whose_axes_are_all_but_independent_keeps_them():

@@ -18,7 +18,7 @@ AFTER = 40  # good steps
 WORSE = 1.5  # times the loss of a run without the fault
 SLOW = pytest.mark.slow
 # All bases are `make slow`'s; what runs always has the one that a user gets, which knows two.
-EVERY = ("factored", "eigen", "corrected", "adam")
+EVERY = ("factored", "eigen", "corrected", "adam", "orthogonal")
 BASES = ["auto", *(pytest.param(basis, marks=SLOW) for basis in EVERY)]
 
 
@@ -396,7 +396,7 @@ def test_torchs_errors_of_linear_algebra_do_not_reach_the_user(at, basis, monkey
     for name in ("eigh", "cholesky", "inv", "solve"):
         monkeypatch.setattr(torch.linalg, name, failing)
     monkeypatch.setattr(torch.linalg, "cholesky_ex", without_result)
-    if at or basis in ("adam", "auto"):  # the last good inverse is kept, or none is needed
+    if at or basis in ("adam", "orthogonal", "auto"):  # the last good inverse is kept, or none is needed
         task.good(2)
         assert float(task.optimizer.diagnostics()["failed_inversions"]) > 0
     else:

@@ -65,7 +65,7 @@ class Config:
 SHORT = {"factor_every": 2, "inverse_every": 3, "adapt_every": 2}
 CONFIGS = {
     **{f"basis {b}": Config(options={"basis": b, **SHORT})
-       for b in ("factored", "eigen", "corrected", "adam")},
+       for b in ("factored", "eigen", "corrected", "adam", "orthogonal")},
     **{f"fisher {f}": Config(options={"fisher": f}) for f in ("sampled", "exact", "empirical")},
     "nothing set": Config(),
     "numbers": Config(options={"lr": 0.3, "momentum": 0.5, "damping": 0.1, "trust_region": None,

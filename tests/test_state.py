@@ -17,7 +17,7 @@ from kronewton.errors import StateError
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-BASES = ("factored", "eigen", "corrected", "adam")
+BASES = ("factored", "eigen", "corrected", "adam", "orthogonal")
 FISHERS = ("exact", "sampled", "empirical")
 NUMERIC = {"lr": 0.3, "momentum": 0.5, "damping": 0.05, "trust_region": None}
 SHORT = {"factor_every": 2, "inverse_every": 3, "adapt_every": 2}
@@ -87,7 +87,7 @@ def values(nest: object) -> Iterator[object]:
 def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(basis, fisher, settings):
     options = {"basis": basis, "fisher": fisher, **SHORT}
     options |= {"automatic": {}, "numeric": NUMERIC}[settings]
-    if basis == "adam":
+    if basis in ("adam", "orthogonal"):
         options.pop("damping", None)  # it has none
     whole = Run(**options).steps(range(STEPS))
     for cut in (0, 1, 4, 7):
@@ -297,7 +297,8 @@ def test_a_state_of_another_basis_is_refused(saved, given):
     run.optimizer.load_state_dict(state)
     run.steps(range(4, 7))
     assert torch.isfinite(run.weights()).all()
-    assert math.isnan(float(run.optimizer.diagnostics()["damping"])) == (given == "adam")
+    undamped = math.isnan(float(run.optimizer.diagnostics()["damping"]))
+    assert undamped == (given in ("adam", "orthogonal"))
 
 
 @pytest.mark.parametrize("key", state.WHOLE)
@@ -348,7 +349,7 @@ def test_an_inverse_of_other_shapes_is_refused_before_anything_changes(basis: st
         assert other.weights().equal(before)
 
 
-@pytest.mark.parametrize("basis", ["factored", "eigen", "corrected", "adam"])
+@pytest.mark.parametrize("basis", BASES)
 def test_a_state_that_lacks_any_part_of_a_layer_is_refused_by_name(basis: str) -> None:
     torch.manual_seed(0)
     model, criterion = nn.Linear(4, 3), nn.CrossEntropyLoss()

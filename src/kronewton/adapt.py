@@ -207,7 +207,7 @@ class Pacing:
     """
 
     least: float = 0.6
-    steady: float = 1e-2
+    steady: float = 0.015
     lowest: float = 1e-3
     highest: float = 0.1
     usual: float = 1e-2

@@ -33,7 +33,8 @@ from kronewton.inverse import (
 )
 from kronewton.layers import ENTRIES, TURNED, DenseRows, Layer
 from kronewton.linalg import all_finite, ran_out_of_memory
-from kronewton.normalised import Moments, normalised, restored
+from kronewton.normalised import Moments, flattenable, normalised, orthogonalised, restored
+from kronewton.options import NORMALISED, ORTHOGONAL
 from kronewton.pair import (
     ExactPairInverse,
     PairInverse,
@@ -47,7 +48,6 @@ from kronewton.pair import (
 from kronewton.structure import DENSE, DIAGONAL, Blocks, Sides, Structure, side_of
 from kronewton.types import Statistics
 
-ADAM = "adam"  # the basis of normalised steps
 HOW = ("", TURNED, ENTRIES)  # a layer's matrix can be seen
 ENTRIES_DECAY = 0.95  # of running squares of gradients, at least
 RESTLESS_MEMORY = 20  # sides
@@ -88,7 +88,7 @@ class Curvature:
         self.chosen: dict[str, str] = {}  # of a term: expand or reduce, where that is automatic
         self.factors: dict[str, Factors] = {}  # of a term
         self.inverses: dict[str, Inverse] = {}  # of a layer
-        self.moments: dict[str, Moments] = {}  # of a layer, in basis "adam"
+        self.moments: dict[str, Moments] = {}  # of a layer, for normalised steps
         self.rows: dict[str, int] = {}  # of a layer, in the last batch that was learnt from
         self._batch: dict[str, Sequence[Observation]] = {}  # what was learnt in this step
         self.largest = 0.0  # of all scales so far
@@ -207,7 +207,7 @@ class Curvature:
             self._batch.pop(term, None)
             # A damped inverse is made again from its factors; a basis can do without them, unless
             # it is of entries, and the layer's rows will be seen.
-            if self.basis != ADAM or term.endswith(ENTRIES):
+            if self.basis not in NORMALISED or term.endswith(ENTRIES):
                 self.inverses.pop(layer_of(term), None)
 
     def _shared(
@@ -322,19 +322,19 @@ class Curvature:
                         self._refresh_layer(name, damping, turn)
                 except NotPositiveDefinite:
                     self.failed += 1
-                    if name not in self.inverses and self.basis != ADAM:
+                    if name not in self.inverses and self.basis not in NORMALISED:
                         raise
 
     def _up_to_date(self, name: str) -> bool:
         """Whether a layer has an inverse, and of all its terms."""
-        if self.basis == ADAM:
+        if self.basis in NORMALISED:
             return name in self.inverses
         pair = isinstance(self.inverses.get(name), (PairInverse, ExactPairInverse))
         return name in self.inverses and pair == (len(self.terms(name)) == 2)
 
     def _refresh_layer(self, name: str, damping: float, turn: tuple[int, int]) -> None:
         terms = self.terms(name)
-        if self.basis == ADAM:
+        if self.basis in NORMALISED:
             new = self._common_basis(name, turn)
             if name in self.moments and self.moments[name].m.shape != new.s.shape:
                 del self.moments[name]  # its rows can be seen now: its entries had no basis
@@ -438,7 +438,11 @@ class Curvature:
         self.restless = 1.0
 
     def normalised(self, gradients: Mapping[str, Tensor], decay: float) -> dict[str, Tensor]:
-        """Adam's step for each layer's gradient, in its eigenbasis; in its own entries without."""
+        """Adam's step for each layer's gradient, in its eigenbasis; in its own entries without.
+
+        In basis "orthogonal" the singular values of each are then made nearly alike.
+        """
+        orthogonal = self.basis == ORTHOGONAL
         moments, rotated = [], []
         for name, G in gradients.items():
             basis = self._eigen(name)
@@ -450,10 +454,14 @@ class Curvature:
             moments.append(self.moments[name])
             rotated.append(G)
         found = {}
-        steps = normalised(moments, rotated, decay)
+        steps = normalised(moments, rotated, decay, ahead=orthogonal)
         for (name, G), step in zip(gradients.items(), steps, strict=True):
             basis = self._eigen(name)
             found[name] = step if basis is None else basis.rotate_back(step).reshape(G.shape)
+        if orthogonal:
+            turned = {name: basis for name in found if (basis := self._eigen(name)) is not None}
+            flat = [n for n, basis in turned.items() if flattenable(found[n], basis.sides)]
+            found.update(zip(flat, orthogonalised([found[n] for n in flat]), strict=True))
         return found
 
     def with_damping(self, damping: float) -> dict[str, Inverse]:
@@ -497,7 +505,7 @@ class Curvature:
             if factors and name + how in self.chosen:
                 reduced = self.chosen[name + how] == "reduce"
                 kept[f"reduced{how}"] = factors.A.count.new_tensor(float(reduced))
-        if kept and self.basis == ADAM and name in self.rows:
+        if kept and self.basis in NORMALISED and name in self.rows:
             kept["seen"] = next(iter(kept.values())).new_tensor(float(self.rows[name]))
         if kept and name in self.inverses:
             kept.update({f"inverse_{k}": t for k, t in self.inverses[name].tensors().items()})
@@ -540,7 +548,7 @@ class Curvature:
 
     def _restored(self, name: str, kept: Mapping[str, Tensor]) -> Inverse:
         terms = self.terms(name)
-        if self.basis == ADAM:
+        if self.basis in NORMALISED:
             own = [self._own_sides(term) for term in terms]
             sides = common_sides(own[0], own[-1])
             d_out, d_in = kept["s"].shape[-2:]

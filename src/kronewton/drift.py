@@ -19,9 +19,10 @@ from kronewton.structure import DENSE, DIAGONAL, Blocks, Sides, Structure, fused
 
 COLUMNS = 16  # of a basis, from which its drift is measured
 TOLERATED = 0.3  # of squared correlations of a coordinate with all others, together
-INDEPENDENT = 1.0  # likewise between a side's own axes: they are as good a basis as any
+INDEPENDENT = 1.0  # likewise between a side's own axes: as good a basis as any; of few, less
 APART = 0.2  # of them all, between coordinates of different parts: each part has a basis of its own
-SMALL = 64  # up to this side an eigendecomposition costs no more than asking
+SMALL = 64  # up to this side an eigendecomposition costs no more than asking what has drifted
+ASKED = 16  # from this side on, whether its own axes are as good
 FLOOR = 1e-4  # of the mean eigenvalue: below it correlations mean nothing
 TINY = 1e-30
 EIGEN = 4  # products of d×d matrices, that an eigendecomposition costs as much as
@@ -81,10 +82,13 @@ def _side(
     """
     diagonal = structure.diagonal(M)
     d = diagonal.shape[-1]
-    if (d == 1 or d > SMALL) and structure != DIAGONAL and finite(diagonal):
+    dense = M.dim() == 2  # and one matrix
+    small = 1 < d <= SMALL
+    asked = d > SMALL or d == 1 or (dense and d >= ASKED)
+    if asked and structure != DIAGONAL and finite(diagonal):
         if d == 1:  # as of a normalisation's inputs
             return DIAGONAL, diagonal.clone(), M.new_zeros(0)
-        dense = M.dim() == 2  # and one matrix
+        old = None if small else old
         simplest = None
         if old is not None and (old[0] == structure or (dense and isinstance(old[0], Blocks))):
             before, U, s = old
@@ -133,7 +137,7 @@ def _simplest(M: Tensor, diagonal: Tensor, parts: Blocks | None) -> Structure:
     if parts is not None:
         sums.append(parts.of_dense(correlations).square().sum() - own)
     among, *within = torch.stack(sums).tolist()  # one wait
-    if among < INDEPENDENT * len(m):
+    if among < INDEPENDENT * min(1.0, len(m) / SMALL) * len(m):
         return DIAGONAL
     if parts is not None and among - within[0] < APART * among:
         return parts

@@ -3,6 +3,10 @@
 A Newton step divides by the curvature, and where a gradient is noise it divides noise. A normalised
 step moves every coordinate about equally far whatever its gradient's size, and coordinates are told
 apart best along the eigenvectors of the factors (Vyas et al. 2024 with Shampoo's factors).
+
+Coordinates that are of like size do not make singular values of like size: where many gradients
+agree, a step is all but a matrix of rank one, and as long as the layer's inputs let it be. What is
+orthogonalised changes no input by more than another (Jordan et al. 2024, of the mean gradient).
 """
 
 from __future__ import annotations
@@ -14,12 +18,14 @@ import torch
 from torch import Tensor
 
 from kronewton.inverse import EigenInverse
-from kronewton.structure import DIAGONAL, Structure
+from kronewton.structure import DENSE, DIAGONAL, Sides, Structure
 
-FIRST_DECAY, SLOW_DECAY, SECOND_DECAY = 0.8, 0.9, 0.95
-JOURNEY = 0.03  # of a coordinate, in which its gradient is as good as that of one place
+FIRST_DECAY, SECOND_DECAY = 0.85, 0.95
 LEAST = 1e-5  # of a layer's root mean square: a coordinate's gradient below counts as this
 TINY = 1e-30
+QUINTIC = 3.4445, -4.775, 2.0315  # of a singular value, its third and its fifth power
+ROUNDS = 3  # of it: a value below a thirtieth of the length stays below the others
+LEAST_SIDE = 8  # smaller ones have little that could be flattened
 
 
 class Moments:
@@ -55,16 +61,13 @@ class Moments:
         return {"m": self.m, "v": self.v, "steps": steps, "left": left}
 
 
-def first_decay(lr: float) -> float:
-    """β₁ after a step of this lr: a mean of more gradients where they are of nearly one place.
+def normalised(
+    moments: Sequence[Moments], rotated: Sequence[Tensor], decay: float, ahead: bool = False
+) -> list[Tensor]:
+    """m/√v of all layers after one more gradient of each, without the bias of their start.
 
-    m remembers 1/(1 − β₁) steps, in which every coordinate goes lr/(1 − β₁) at most.
+    ahead: with m as it would be if that gradient came once more (Nesterov's momentum).
     """
-    return min(max(FIRST_DECAY, 1 - lr / JOURNEY), SLOW_DECAY) if lr > 0 else FIRST_DECAY
-
-
-def normalised(moments: Sequence[Moments], rotated: Sequence[Tensor], decay: float) -> list[Tensor]:
-    """m/√v of all layers after one more gradient of each, without the bias of their start."""
     if not moments:
         return []
     gradients = list(rotated)
@@ -79,15 +82,58 @@ def normalised(moments: Sequence[Moments], rotated: Sequence[Tensor], decay: flo
     least = torch._foreach_mul(torch._foreach_norm(roots), shares)
     torch._foreach_clamp_min_(least, TINY)
     torch._foreach_add_(roots, list(least))
-    found = torch._foreach_div(m, roots)
+    found = torch._foreach_div(torch._foreach_lerp(m, gradients, 1 - decay) if ahead else m, roots)
     corrections = []
     for one in moments:
         one.steps += 1
         one.left *= decay
         # Both corrections are one number: m/(1 − Πβ₁) over √(v/(1 − β₂ⁿ)).
-        corrections.append(math.sqrt(1 - SECOND_DECAY**one.steps) / (1 - one.left))
+        left = one.left * decay if ahead else one.left
+        corrections.append(math.sqrt(1 - SECOND_DECAY**one.steps) / (1 - left))
     torch._foreach_mul_(found, corrections)
     return list(found)
+
+
+def flattenable(step: Tensor, sides: Sides) -> bool:
+    """Whether a layer's step (…, d_out, d_in) should have singular values that are alike.
+
+    Not where a side's own axes are its basis, as of tokens or of pixels that are put out: they are
+    equally long already in what counts. Nor where the shorter side has no factor in full, for the
+    price would be that of one.
+    """
+    d_out, d_in = step.shape[-2:]
+    shorter = sides.output if d_out <= d_in else sides.input
+    return min(d_out, d_in) >= LEAST_SIDE and shorter == DENSE and DIAGONAL not in sides
+
+
+def orthogonalised(steps: Sequence[Tensor]) -> list[Tensor]:
+    """Matrices (…, d_out, d_in) with singular values nearly alike, each as long as it was.
+
+    Those of one shape together, by products alone (Newton and Schulz; Jordan et al. 2024).
+    """
+    found = list(steps)
+    alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+    for i, step in enumerate(steps):
+        alike.setdefault((_wide(step).shape, step.dtype), []).append(i)
+    first, third, fifth = QUINTIC
+    for same in alike.values():
+        X = torch.stack([_wide(steps[i]) for i in same])
+        Y = X.flatten(0, -3)
+        length = torch.linalg.matrix_norm(Y, keepdim=True)
+        Y = Y / length.clamp_min(TINY)
+        for _ in range(ROUNDS):
+            gram = Y @ Y.mT
+            Y = torch.baddbmm(
+                Y, torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth), Y, beta=first
+            )
+        Y.mul_(length / torch.linalg.matrix_norm(Y, keepdim=True).clamp_min(TINY))
+        for i, flat in zip(same, Y.reshape(X.shape).unbind(), strict=True):
+            found[i] = flat if steps[i].shape == flat.shape else flat.mT
+    return found
+
+
+def _wide(step: Tensor) -> Tensor:
+    return step if step.shape[-2] <= step.shape[-1] else step.mT
 
 
 def _turned(

@@ -99,10 +99,11 @@ class KFAC(Optimizer):
     curvature_batches: how many of the last batches make up the quadratic model's curvature, of
         Newton's steps; they are not saved with the state.
     basis: "factored" (π-damped factors), "eigen" ((B ⊗ A + damping·I)⁻¹ exactly), "corrected"
-        (the same with the exact block's diagonal in that basis, EKFAC) or "adam" (Adam's moments in
-        that basis: normalised steps, undamped; momentum is the first one's decay). "auto" begins
-        with "adam" and goes between it and "factored" by the noise between batches, where lr,
-        momentum and damping are automatic, too; else it is "factored".
+        (the same with the exact block's diagonal in that basis, EKFAC), "adam" (Adam's moments in
+        that basis: normalised steps, undamped; momentum is the first one's decay) or "orthogonal"
+        (those steps, and the singular values of each layer's made nearly alike). "auto" begins
+        with "orthogonal" and goes between it and "factored" by the noise between batches, where
+        lr, momentum and damping are automatic, too; else it is "factored".
     factor_every, inverse_every: steps between renewals. adapt_every: between decisions on λ.
     factor_decay: weight of the running factors against one new batch.
         "auto" goes by what is known of the noise between batches: see docs/adaptation.md.

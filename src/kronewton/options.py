@@ -18,7 +18,8 @@ FISHERS = ("sampled", "exact", "empirical")
 GRAFTINGS = ("layer", "global")
 SHARINGS = ("auto", "expand", "reduce", "best")
 LARGEST_SIDE = 4096
-BASES = ("factored", "eigen", "corrected", "adam")
+BASES = ("factored", "eigen", "corrected", "adam", "orthogonal")
+NORMALISED = ADAM, ORTHOGONAL = BASES[3:]  # the bases of normalised steps
 MOST = 1e30  # of a number: what float32 holds, and some of its products with others
 LAST_SEED = 2**64 - 1  # of torch's generators
 LONGEST = 100  # letters of a value in a sentence
@@ -126,27 +127,27 @@ class Options(CurvatureOptions):
         self._take_as_floats()
 
     def _check_normalised(self) -> None:
-        if self.basis != "adam":
+        if self.basis not in NORMALISED:
             return
         if self.refine:
             raise OptionError(
-                f"refine={self.refine} and basis='adam' exclude each other: a normalised step is "
+                f"refine={self.refine} and basis={self.basis!r} exclude each other: a normalised step is "
                 "on no way to Newton's. Use another basis, or refine=0."
             )
         if self.damping != AUTO:
             raise OptionError(
-                f"damping={self.damping!r} has no use with basis='adam': normalised steps are not "
-                "damped. Leave it at 'auto', or use basis='eigen'."
+                f"damping={self.damping!r} has no use with basis={self.basis!r}: normalised steps are "
+                "not damped. Leave it at 'auto', or use basis='eigen'."
             )
         if not isinstance(self.momentum, str) and self.momentum >= 1:
             raise OptionError(
-                f"momentum={self.momentum!r} with basis='adam' is the decay of the mean gradient, "
-                "and must lie in [0, 1)."
+                f"momentum={self.momentum!r} with basis={self.basis!r} is the decay of the mean "
+                "gradient, and must lie in [0, 1)."
             )
         if isinstance(self.trust_region, (int, float)):
             raise OptionError(
-                f"trust_region={self.trust_region!r} has no use with basis='adam': the quadratic "
-                "model bounds the pace instead. Leave it at 'auto', or use another basis."
+                f"trust_region={self.trust_region!r} has no use with basis={self.basis!r}: the "
+                "quadratic model bounds the pace instead. Leave it at 'auto', or use another basis."
             )
 
     @property

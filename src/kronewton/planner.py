@@ -35,10 +35,10 @@ from kronewton.batches import (
     same_loss,
     weight_of,
 )
-from kronewton.curvature import ADAM, Curvature, due
+from kronewton.curvature import Curvature, due
 from kronewton.errors import NotPositiveDefinite
-from kronewton.normalised import first_decay
-from kronewton.options import AUTO, MOST, Options
+from kronewton.normalised import FIRST_DECAY
+from kronewton.options import AUTO, MOST, NORMALISED, ORTHOGONAL, Options
 from kronewton.part import Part
 from kronewton.plan import Candidate, Plan, Steering
 from kronewton.quadratic import (
@@ -110,7 +110,7 @@ class Planner:
     @property
     def normalising(self) -> bool:
         """Whether steps are normalised, and not Newton's."""
-        return self.curvature.basis == ADAM
+        return self.curvature.basis in NORMALISED
 
     @property
     def searching(self) -> bool:
@@ -129,13 +129,13 @@ class Planner:
             known = self.curvature.scale > 0 and self.models(parts)
             if not (known and bool(torch.isfinite(gradient).all())):
                 return False
-            self.curvature.change_basis(ADAM)
+            self.curvature.change_basis(ORTHOGONAL)
             self.settings = Settings(math.nan, math.nan, noise=self.rule.assumed)
             return True
         wanted = self.rule.normalises(self.settings, self.normalising)
         if wanted == self.normalising:
             return False
-        self.curvature.change_basis(ADAM if wanted else self.options.first_basis)
+        self.curvature.change_basis(ORTHOGONAL if wanted else self.options.first_basis)
         self.pace, self.asked = self.pacing.midway(), step
         return True
 
@@ -322,7 +322,7 @@ class Planner:
             return None
         options = self.options
         given = options.momentum
-        decay = first_decay(self.lr * self.factor) if isinstance(given, str) else float(given)
+        decay = FIRST_DECAY if isinstance(given, str) else float(given)
         direction = self.steering.scaled(torch._foreach_neg(self.steering.normalised(decay)))
         if options.lr != AUTO:
             self.pace = replace(self.pace, steps=self.pace.steps + 1)

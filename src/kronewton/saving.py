@@ -12,9 +12,8 @@ from torch import Tensor
 from kronewton.adapt import Pace, Settings
 from kronewton.averaging import SAVED, Averages
 from kronewton.concerns import require_own_parameters
-from kronewton.curvature import ADAM
 from kronewton.layers import Layer
-from kronewton.options import AUTO, BASES
+from kronewton.options import AUTO, BASES, NORMALISED, ORTHOGONAL
 from kronewton.planner import Planner
 from kronewton.state import (
     Ours,
@@ -69,7 +68,7 @@ class Saved:
         """Raise StateError, before anything is changed, unless it is a state of this model."""
         watched, index = self.watched, self._index()
         asked = watched.options.basis
-        allowed = ("factored", ADAM) if asked == AUTO else (asked,)
+        allowed = ("factored", *NORMALISED) if asked == AUTO else (asked,)
         basis = _basis(read_scalars(ours.get(0, {}).get("scalars")))
         require_same_basis(basis, asked, allowed, "optimizer")
         require_same_groups(theirs["param_groups"], self.groups)
@@ -84,7 +83,10 @@ class Saved:
         """The inverse of `packed`: steps and previous are given back, the rest is taken over."""
         watched, index = self.watched, self._index()
         numbers = read_scalars(ours[0]["scalars"])
-        watched.load(self._by_layer(ours), _basis(numbers), numbers, ours[0]["generator"])
+        basis = _basis(numbers)
+        if watched.options.basis == AUTO and basis in NORMALISED:
+            basis = ORTHOGONAL  # before it was one, "auto" had the other
+        watched.load(self._by_layer(ours), basis, numbers, ours[0]["generator"])
         if watched.watcher is not None:
             watched.watcher.whole.partial = PARTIAL if numbers["partial"] else ""
         self.averages.load([(p, ours.get(index[id(p)], {})) for p in watched.all])
