@@ -396,7 +396,7 @@ def test_torchs_errors_of_linear_algebra_do_not_reach_the_user(at, basis, monkey
     for name in ("eigh", "cholesky", "inv", "solve"):
         monkeypatch.setattr(torch.linalg, name, failing)
     monkeypatch.setattr(torch.linalg, "cholesky_ex", without_result)
-    if at or basis in ("adam", "orthogonal", "auto"):  # the last good inverse is kept, or none is needed
+    if at or basis in ("adam", "orthogonal", "auto"):  # a good inverse is kept, or none needed
         task.good(2)
         assert float(task.optimizer.diagnostics()["failed_inversions"]) > 0
     else:

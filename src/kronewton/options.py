@@ -131,13 +131,13 @@ class Options(CurvatureOptions):
             return
         if self.refine:
             raise OptionError(
-                f"refine={self.refine} and basis={self.basis!r} exclude each other: a normalised step is "
-                "on no way to Newton's. Use another basis, or refine=0."
+                f"refine={self.refine} and basis={self.basis!r} exclude each other: a "
+                "normalised step is on no way to Newton's. Use another basis, or refine=0."
             )
         if self.damping != AUTO:
             raise OptionError(
-                f"damping={self.damping!r} has no use with basis={self.basis!r}: normalised steps are "
-                "not damped. Leave it at 'auto', or use basis='eigen'."
+                f"damping={self.damping!r} has no use with basis={self.basis!r}: normalised "
+                "steps are not damped. Leave it at 'auto', or use basis='eigen'."
             )
         if not isinstance(self.momentum, str) and self.momentum >= 1:
             raise OptionError(
