@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kronewton.inverse import EigenInverse
+from kronewton.linalg import diagonal
 from kronewton.structure import DENSE, DIAGONAL, Sides, Structure
 
 FIRST_DECAY, SECOND_DECAY = 0.85, 0.95
@@ -25,6 +26,7 @@ LEAST = 1e-5  # of a layer's root mean square: a coordinate's gradient below cou
 TINY = 1e-30
 QUINTIC = 3.4445, -4.775, 2.0315  # of a singular value, its third and its fifth power
 ROUNDS = 3  # of it: a value below a thirtieth of the length stays below the others
+WIDE = 2  # times the shorter side, from which products of the shorter one alone are cheaper
 LEAST_SIDE = 8  # smaller ones have little that could be flattened
 
 
@@ -115,21 +117,34 @@ def orthogonalised(steps: Sequence[Tensor]) -> list[Tensor]:
     alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
     for i, step in enumerate(steps):
         alike.setdefault((_wide(step).shape, step.dtype), []).append(i)
-    first, third, fifth = QUINTIC
     for same in alike.values():
-        X = torch.stack([_wide(steps[i]) for i in same])
-        Y = X.flatten(0, -3)
-        length = torch.linalg.matrix_norm(Y, keepdim=True)
-        Y = Y / length.clamp_min(TINY)
-        for _ in range(ROUNDS):
-            gram = Y @ Y.mT
-            Y = torch.baddbmm(
-                Y, torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth), Y, beta=first
-            )
-        Y.mul_(length / torch.linalg.matrix_norm(Y, keepdim=True).clamp_min(TINY))
-        for i, flat in zip(same, Y.reshape(X.shape).unbind(), strict=True):
-            found[i] = flat if steps[i].shape == flat.shape else flat.mT
+        stacked = torch.stack([_wide(steps[i]) for i in same])
+        X = stacked.flatten(0, -3)  # (k, m, n), m ≤ n
+        length = torch.linalg.matrix_norm(X, keepdim=True)
+        X = X / length.clamp_min(TINY)
+        flat = _in_rounds(X)
+        flat = flat * (length / torch.linalg.matrix_norm(flat, keepdim=True).clamp_min(TINY))
+        for i, one in zip(same, flat.reshape(stacked.shape).unbind(), strict=True):
+            found[i] = one if steps[i].shape == one.shape else one.mT
     return found
+
+
+def _in_rounds(X: Tensor) -> Tensor:
+    """Wide matrices (k, m, n), no longer than one, with singular values near one."""
+    first, third, fifth = QUINTIC
+    gram, whole = X @ X.mT, None
+    if X.shape[-1] >= WIDE * X.shape[-2]:  # fewer products are with X itself
+        for k in range(ROUNDS):
+            Q = torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth)
+            diagonal(Q).add_(first)
+            whole = Q if whole is None else Q @ whole
+            gram = Q @ gram @ Q if k + 1 < ROUNDS else gram
+        return X if whole is None else whole @ X
+    for k in range(ROUNDS):
+        gram = X @ X.mT if k else gram
+        Q = torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth)
+        X = torch.baddbmm(X, Q, X, beta=first)
+    return X
 
 
 def _wide(step: Tensor) -> Tensor:
