@@ -277,7 +277,7 @@ class Tied(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table, self.turned = nn.Linear(3, 4, bias=False), False
+        self.table, self.turned = nn.Linear(9, 10, bias=False), False
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = x @ self.table.weight if self.turned else self.table(x)
@@ -294,7 +294,7 @@ def test_a_model_that_is_cast_between_two_uses_of_a_weight(basis):
         model.turned = turned
         for _ in range(2):
             optimizer.zero_grad()
-            output = model(torch.randn(5, 4 if turned else 3, dtype=dtype))
+            output = model(torch.randn(5, 10 if turned else 9, dtype=dtype))
             before = model.table.weight.detach().clone()
             criterion(output, torch.ones_like(output)).backward()
             optimizer.step()

@@ -86,6 +86,13 @@ def test_a_small_side_whose_axes_are_independent_keeps_them_from_sixteen_on(d):
         assert found.sides == Sides(DENSE, DENSE if d < ASKED else DIAGONAL)
     again = renewed(Product(correlated(d, 3), one.Q, Sides()), old, "layer")
     assert again.sides == Sides()
+    turned = renewed(Product(one.Q, one.P, Sides()), None, "layer")
+    assert turned.sides == Sides()  # of inputs that are small it is not asked
+
+
+def test_a_small_side_that_is_several_of_the_other_one_has_one_basis():
+    M = torch.block_diag(*(correlated(16, 10 + part) for part in range(3)))
+    assert renewed(Product(M, correlated(16, 1), Sides()), None, "layer").sides == Sides()
 
 
 def test_a_side_whose_axes_are_all_but_independent_keeps_them():

@@ -54,10 +54,10 @@ class Task:
 
     def __init__(self, regression: bool, **options) -> None:
         torch.manual_seed(0)
-        self.x = torch.randn(256, 6)
-        scores = self.x @ torch.randn(6, 3) + 2 * torch.randn(256, 3)
+        self.x = torch.randn(256, 9)
+        scores = self.x @ torch.randn(9, 3) + 2 * torch.randn(256, 3)
         self.y = scores if regression else scores.argmax(1)
-        self.model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.LayerNorm(12), nn.Linear(12, 3))
+        self.model = nn.Sequential(nn.Linear(9, 12), nn.Tanh(), nn.LayerNorm(12), nn.Linear(12, 3))
         self.criterion: nn.Module = nn.MSELoss() if regression else nn.CrossEntropyLoss()
         self.optimizer = KFAC(self.model, self.criterion, **options)
         self.regression, self.number = regression, 0
@@ -315,7 +315,7 @@ def warned(task: Task, count: int, fault: Callable[[Tensor], Tensor]) -> list[st
     return [str(w.message) for w in said if issubclass(w.category, KronewtonWarning)]
 
 
-@pytest.mark.parametrize("basis", ["factored", "adam"])
+@pytest.mark.parametrize("basis", ["factored", "adam", "orthogonal"])
 @pytest.mark.parametrize("at", [0, 5])
 def test_too_many_skips_in_a_row_end_in_a_sentence(at, basis):
     task = Task(False, basis=basis, most_skips=3)
@@ -484,7 +484,7 @@ def test_another_error_is_not_taken_for_memory(monkeypatch):
         task.good(1)
 
 
-@pytest.mark.parametrize("basis", ["eigen", "corrected", "adam"])
+@pytest.mark.parametrize("basis", ["eigen", "corrected", "adam", "orthogonal"])
 def test_eigenvectors_that_are_nan_are_not_taken(basis, monkeypatch):
     task = Task(False, basis=basis, factor_every=1, inverse_every=1)
     task.good(5)

@@ -468,7 +468,7 @@ class Varied(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("basis", ["factored", "adam", "eigen"])
+@pytest.mark.parametrize("basis", ["factored", "adam", "orthogonal", "eigen"])
 def test_no_kind_of_layer_asks_for_the_default_device(basis, request):
     data = batches(3)
     wanted = run_with(lambda m: m, Varied().double(), data, basis=basis)

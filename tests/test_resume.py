@@ -30,8 +30,9 @@ CUT, STEPS = 7, 13
 
 def dense() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 4)
-    )
+        nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2),
+        nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 4),
+    )  # fmt: skip
 
 
 class Tokens(nn.Module):
@@ -318,7 +319,7 @@ def test_groups_that_are_none_are_refused(groups):
         run.optimizer.load_state_dict({"state": {}, "param_groups": groups})
 
 
-@pytest.mark.parametrize("basis", ["adam", "factored", "eigen"])
+@pytest.mark.parametrize("basis", ["adam", "orthogonal", "factored", "eigen"])
 @pytest.mark.parametrize("largest", [64, 40, 20, 8])
 def test_a_state_goes_on_with_a_lower_largest_side(basis: str, largest: int) -> None:
     torch.manual_seed(0)

@@ -33,7 +33,14 @@ from kronewton.inverse import (
 )
 from kronewton.layers import ENTRIES, TURNED, DenseRows, Layer
 from kronewton.linalg import all_finite, ran_out_of_memory
-from kronewton.normalised import Moments, flattenable, normalised, orthogonalised, restored
+from kronewton.normalised import (
+    Moments,
+    flattenable,
+    in_parts,
+    normalised,
+    orthogonalised,
+    restored,
+)
 from kronewton.options import NORMALISED, ORTHOGONAL
 from kronewton.pair import (
     ExactPairInverse,
@@ -69,7 +76,7 @@ def due_in_turn(step: int, every: int, names: Sequence[str]) -> set[str]:
 
 
 class Curvature:
-    """Running factors and inverses of all layers, in one of the four bases.
+    """Running factors and inverses of all layers, in one of `options.BASES`.
 
     A layer's block is the sum of its terms: its matrix as it is, turned (a table that is also a
     linear layer), or, where no rows can be seen, entry by entry.
@@ -459,9 +466,11 @@ class Curvature:
             basis = self._eigen(name)
             found[name] = step if basis is None else basis.rotate_back(step).reshape(G.shape)
         if orthogonal:
-            turned = {name: basis for name in found if (basis := self._eigen(name)) is not None}
-            flat = [n for n, basis in turned.items() if flattenable(found[n], basis.sides)]
-            found.update(zip(flat, orthogonalised([found[n] for n in flat]), strict=True))
+            sides = {n: basis.sides for n in found if (basis := self._eigen(n)) is not None}
+            flat = [n for n in sides if flattenable(found[n], sides[n])]
+            parts = orthogonalised([in_parts(found[n], sides[n]) for n in flat])
+            for name, step in zip(flat, parts, strict=True):
+                found[name] = step.reshape(found[name].shape)
         return found
 
     def with_damping(self, damping: float) -> dict[str, Inverse]:

@@ -19,10 +19,11 @@ from kronewton.structure import DENSE, DIAGONAL, Blocks, Sides, Structure, fused
 
 COLUMNS = 16  # of a basis, from which its drift is measured
 TOLERATED = 0.3  # of squared correlations of a coordinate with all others, together
-INDEPENDENT = 1.0  # likewise between a side's own axes: as good a basis as any; of few, less
+INDEPENDENT = 1.0  # likewise between a side's own axes: they are as good a basis as any
+FEW_INDEPENDENT = 0.25  # of a small side, of which all correlations are few
 APART = 0.2  # of them all, between coordinates of different parts: each part has a basis of its own
 SMALL = 64  # up to this side an eigendecomposition costs no more than asking what has drifted
-ASKED = 16  # from this side on, whether its own axes are as good
+ASKED = 16  # from this side of outputs on, whether its own axes are as good
 FLOOR = 1e-4  # of the mean eigenvalue: below it correlations mean nothing
 TINY = 1e-30
 EIGEN = 4  # products of d×d matrices, that an eigendecomposition costs as much as
@@ -63,6 +64,7 @@ def renewed(
         of_output,
         f"the gradient factor B of layer '{name}'",
         worth[1],
+        ASKED,
     )
     s = s_B.unsqueeze(-1) * s_A.unsqueeze(-2)
     return EigenInverse(U_A, U_B, s, Sides(on_input, on_output))
@@ -75,20 +77,21 @@ def _side(
     old: tuple[Structure, Tensor, Tensor] | None,
     what: str,
     worth: bool,
+    least: int = SMALL + 1,
 ) -> tuple[Structure, Tensor, Tensor]:
     """How the basis of a side is stored, its eigenvalues and its vectors.
 
-    parts: that a dense one may have.
+    parts: that a dense one may have. least: of coordinates, for a dense one's own axes to be asked.
     """
     diagonal = structure.diagonal(M)
     d = diagonal.shape[-1]
     dense = M.dim() == 2  # and one matrix
     small = 1 < d <= SMALL
-    asked = d > SMALL or d == 1 or (dense and d >= ASKED)
+    asked = d > SMALL or d == 1 or (dense and d >= least)
     if asked and structure != DIAGONAL and finite(diagonal):
         if d == 1:  # as of a normalisation's inputs
             return DIAGONAL, diagonal.clone(), M.new_zeros(0)
-        old = None if small else old
+        old, parts = (None, None) if small else (old, parts)
         simplest = None
         if old is not None and (old[0] == structure or (dense and isinstance(old[0], Blocks))):
             before, U, s = old
@@ -137,7 +140,7 @@ def _simplest(M: Tensor, diagonal: Tensor, parts: Blocks | None) -> Structure:
     if parts is not None:
         sums.append(parts.of_dense(correlations).square().sum() - own)
     among, *within = torch.stack(sums).tolist()  # one wait
-    if among < INDEPENDENT * min(1.0, len(m) / SMALL) * len(m):
+    if among < (INDEPENDENT if len(m) > SMALL else FEW_INDEPENDENT) * len(m):
         return DIAGONAL
     if parts is not None and among - within[0] < APART * among:
         return parts

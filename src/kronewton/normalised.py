@@ -4,9 +4,10 @@ A Newton step divides by the curvature, and where a gradient is noise it divides
 step moves every coordinate about equally far whatever its gradient's size, and coordinates are told
 apart best along the eigenvectors of the factors (Vyas et al. 2024 with Shampoo's factors).
 
-Coordinates that are of like size do not make singular values of like size: where many gradients
-agree, a step is all but a matrix of rank one, and as long as the layer's inputs let it be. What is
-orthogonalised changes no input by more than another (Jordan et al. 2024, of the mean gradient).
+Coordinates of like size do not make singular values of like size: where many gradients agree, a
+step is all but a matrix of rank one, and curvature along that bounds its length. Orthogonalised, no
+direction of the input is changed by much more than another (Jordan et al. 2024, of the mean
+gradient).
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from torch import Tensor
 
 from kronewton.inverse import EigenInverse
 from kronewton.linalg import diagonal
-from kronewton.structure import DENSE, DIAGONAL, Sides, Structure
+from kronewton.structure import DENSE, DIAGONAL, Blocks, Sides, Structure
 
 FIRST_DECAY, SECOND_DECAY = 0.85, 0.95
 LEAST = 1e-5  # of a layer's root mean square: a coordinate's gradient below counts as this
 TINY = 1e-30
 QUINTIC = 3.4445, -4.775, 2.0315  # of a singular value, its third and its fifth power
-ROUNDS = 3  # of it: a value below a thirtieth of the length stays below the others
-WIDE = 2  # times the shorter side, from which products of the shorter one alone are cheaper
+ROUNDS = 3  # of it: a value below a 25th of the length stays below the others
+WIDE = 2  # times the shorter side: from about there products of the shorter one alone are cheaper
+TOGETHER = 2**24  # numbers in matrices that are orthogonalised in one product
 LEAST_SIDE = 8  # smaller ones have little that could be flattened
 
 
@@ -64,7 +66,7 @@ class Moments:
 
 
 def normalised(
-    moments: Sequence[Moments], rotated: Sequence[Tensor], decay: float, ahead: bool = False
+    moments: Sequence[Moments], rotated: Sequence[Tensor], decay: float, *, ahead: bool = False
 ) -> list[Tensor]:
     """m/√v of all layers after one more gradient of each, without the bias of their start.
 
@@ -118,33 +120,43 @@ def orthogonalised(steps: Sequence[Tensor]) -> list[Tensor]:
     for i, step in enumerate(steps):
         alike.setdefault((_wide(step).shape, step.dtype), []).append(i)
     for same in alike.values():
-        stacked = torch.stack([_wide(steps[i]) for i in same])
-        X = stacked.flatten(0, -3)  # (k, m, n), m ≤ n
-        length = torch.linalg.matrix_norm(X, keepdim=True)
-        X = X / length.clamp_min(TINY)
-        flat = _in_rounds(X)
-        flat = flat * (length / torch.linalg.matrix_norm(flat, keepdim=True).clamp_min(TINY))
-        for i, one in zip(same, flat.reshape(stacked.shape).unbind(), strict=True):
-            found[i] = one if steps[i].shape == one.shape else one.mT
+        most = max(1, TOGETHER // steps[same[0]].numel())
+        for some in (same[k : k + most] for k in range(0, len(same), most)):
+            wide = torch.stack([_wide(steps[i]) for i in some])
+            X = wide.flatten(0, -3)  # (k, m, n), m ≤ n
+            length = torch.linalg.matrix_norm(X, keepdim=True)
+            flat = _in_rounds(X / length.clamp_min(TINY))
+            flat *= length / torch.linalg.matrix_norm(flat, keepdim=True).clamp_min(TINY)
+            for i, one in zip(some, flat.reshape(wide.shape).unbind(), strict=True):
+                found[i] = one if steps[i].shape == one.shape else one.mT
     return found
+
+
+def in_parts(step: Tensor, sides: Sides) -> Tensor:
+    """A step (…, d_out, d_in) as parts (…, k, d_out/k, d_in) where its output's side has k."""
+    on_output = sides.output
+    if isinstance(on_output, Blocks) and not on_output.padding:
+        step = step.unflatten(-2, (on_output.count, on_output.size))
+    return step
 
 
 def _in_rounds(X: Tensor) -> Tensor:
     """Wide matrices (k, m, n), no longer than one, with singular values near one."""
     first, third, fifth = QUINTIC
-    gram, whole = X @ X.mT, None
-    if X.shape[-1] >= WIDE * X.shape[-2]:  # fewer products are with X itself
-        for k in range(ROUNDS):
-            Q = torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth)
-            diagonal(Q).add_(first)
-            whole = Q if whole is None else Q @ whole
-            gram = Q @ gram @ Q if k + 1 < ROUNDS else gram
-        return X if whole is None else whole @ X
+    gram, factors = X @ X.mT, []
+    squared = X.shape[-1] >= WIDE * X.shape[-2]  # fewer products are with X itself
     for k in range(ROUNDS):
-        gram = X @ X.mT if k else gram
         Q = torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth)
-        X = torch.baddbmm(X, Q, X, beta=first)
-    return X
+        diagonal(Q).add_(first)
+        if squared:
+            factors.append(Q)
+            gram = Q @ gram @ Q if k + 1 < ROUNDS else gram
+        else:
+            X = Q @ X
+            gram = X @ X.mT if k + 1 < ROUNDS else gram
+    for Q in factors[1:]:
+        factors[0] = Q @ factors[0]
+    return factors[0] @ X if squared else X
 
 
 def _wide(step: Tensor) -> Tensor:

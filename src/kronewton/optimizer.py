@@ -101,9 +101,9 @@ class KFAC(Optimizer):
     basis: "factored" (π-damped factors), "eigen" ((B ⊗ A + damping·I)⁻¹ exactly), "corrected"
         (the same with the exact block's diagonal in that basis, EKFAC), "adam" (Adam's moments in
         that basis: normalised steps, undamped; momentum is the first one's decay) or "orthogonal"
-        (those steps, and the singular values of each layer's made nearly alike). "auto" begins
-        with "orthogonal" and goes between it and "factored" by the noise between batches, where
-        lr, momentum and damping are automatic, too; else it is "factored".
+        (the same with Nesterov's momentum, and singular values of a layer's step nearly alike).
+        "auto" begins with "orthogonal" and goes between it and "factored" by the noise between
+        batches, where lr, momentum and damping are automatic, too; else it is "factored".
     factor_every, inverse_every: steps between renewals. adapt_every: between decisions on λ.
     factor_decay: weight of the running factors against one new batch.
         "auto" goes by what is known of the noise between batches: see docs/adaptation.md.
@@ -362,7 +362,7 @@ class KFAC(Optimizer):
         return [g.neg() for g in found] if self.options.maximize else found
 
     def _normalise(self, decay: float) -> list[Tensor]:
-        """Adam's step in the eigenbases, one tensor per stepped parameter."""
+        """The normalised step of all layers, one tensor per stepped parameter."""
         gradients = self._gradients()
         steps = self._curvature.normalised(self._watched.matrices(gradients), decay)
         return self._watched.vector(steps, gradients)

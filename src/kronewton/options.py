@@ -19,7 +19,8 @@ GRAFTINGS = ("layer", "global")
 SHARINGS = ("auto", "expand", "reduce", "best")
 LARGEST_SIDE = 4096
 BASES = ("factored", "eigen", "corrected", "adam", "orthogonal")
-NORMALISED = ADAM, ORTHOGONAL = BASES[3:]  # the bases of normalised steps
+ORTHOGONAL = "orthogonal"
+NORMALISED = ("adam", ORTHOGONAL)  # the bases of normalised steps
 MOST = 1e30  # of a number: what float32 holds, and some of its products with others
 LAST_SEED = 2**64 - 1  # of torch's generators
 LONGEST = 100  # letters of a value in a sentence

@@ -315,7 +315,7 @@ class Planner:
     def _normalised(
         self, parts: Sequence[Part], gradient: Tensor, previous: list[Tensor] | None
     ) -> Plan | None:
-        """A step of Adam in the eigenbases, at the pace of the rule."""
+        """A normalised step, at the pace of the rule."""
         # What is not finite would stay in the moments.
         loss = loss_of(parts)
         if not math.isfinite(float(torch.dot(gradient, gradient)) + loss):
