@@ -231,7 +231,7 @@ def test_an_earlier_state_is_not_taken_for_factors_that_have_grown(basis):
 class Unseen(nn.Module):
     """A matrix whose rows nobody sees: its block is of single entries, in one column."""
 
-    def __init__(self, d: int = 6, seen: bool = False) -> None:
+    def __init__(self, d: int = 9, seen: bool = False) -> None:
         super().__init__()
         self.first = nn.Linear(d, 5)
         self.second = nn.Linear(5, 3)
