@@ -69,7 +69,7 @@ def test_counts_are_whole_and_at_least_one(name, value):
     [
         ("fisher", "'sampled', 'exact', 'empirical'"),
         ("sharing", "'auto', 'expand', 'reduce', 'best'"),
-        ("basis", "'auto', 'factored', 'eigen', 'corrected', 'adam'"),
+        ("basis", "'auto', 'factored', 'eigen', 'corrected', 'adam', 'orthogonal'"),
     ],
 )
 @pytest.mark.parametrize("value", ["EXACT", "", None, 3, ["exact"]])
