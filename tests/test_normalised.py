@@ -177,7 +177,14 @@ def test_matrices_together_are_as_each_alone_in_any_order():
     ],
 )
 def test_what_has_a_basis_on_both_sides_is_orthogonalised(shape, sides, wanted):
-    assert flattenable(drawn(*shape), sides) == wanted
+    assert flattenable(drawn(*shape), sides, 1000) == wanted
+
+
+@pytest.mark.parametrize(("shape", "rows"), [((16, 16), 48), ((40, 10), 15), ((10, 40), 15)])
+def test_a_layer_is_orthogonalised_where_that_costs_no_more_than_its_own_run(shape, rows):
+    """18 m³ operations and more of a square matrix, against 6 for every weight and row."""
+    assert flattenable(drawn(*shape), Sides(), rows)
+    assert not flattenable(drawn(*shape), Sides(), rows - 1)
 
 
 @pytest.mark.parametrize(("options", "flat"), [({}, True), ({"basis": "orthogonal"}, True),

@@ -467,7 +467,8 @@ class Curvature:
             found[name] = step if basis is None else basis.rotate_back(step).reshape(G.shape)
         if orthogonal:
             sides = {n: basis.sides for n in found if (basis := self._eigen(n)) is not None}
-            flat = [n for n in sides if flattenable(found[n], sides[n])]
+            rows = self.rows
+            flat = [n for n in sides if flattenable(found[n], sides[n], rows.get(n, 0))]
             parts = orthogonalised([in_parts(found[n], sides[n]) for n in flat])
             for name, step in zip(flat, parts, strict=True):
                 found[name] = step.reshape(found[name].shape)

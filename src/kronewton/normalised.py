@@ -29,6 +29,7 @@ QUINTIC = 3.4445, -4.775, 2.0315  # of a singular value, its third and its fifth
 ROUNDS = 3  # of it: a value below a 25th of the length stays below the others
 WIDE = 2  # times the shorter side: from about there products of the shorter one alone are cheaper
 TOGETHER = 2**24  # numbers in matrices that are orthogonalised in one product
+PAYS = 1.0  # runs of a layer on a batch, that its rounds may cost
 LEAST_SIDE = 8  # smaller ones have little that could be flattened
 
 
@@ -98,8 +99,11 @@ def normalised(
     return list(found)
 
 
-def flattenable(step: Tensor, sides: Sides) -> bool:
+def flattenable(step: Tensor, sides: Sides, rows: int) -> bool:
     """Whether a layer's step (…, d_out, d_in) should have singular values that are alike.
+
+    rows: of the layer in a batch. Where they are few, as behind a batch of a hundred examples, the
+    rounds cost several runs of the layer, forward and backward, for steps that are hardly fewer.
 
     Not where a side's own axes are its basis, as of tokens or of pixels that are put out: they are
     equally long already in what counts. Nor where the shorter side has no factor in full, for the
@@ -107,7 +111,15 @@ def flattenable(step: Tensor, sides: Sides) -> bool:
     """
     d_out, d_in = step.shape[-2:]
     shorter = sides.output if d_out <= d_in else sides.input
-    return min(d_out, d_in) >= LEAST_SIDE and shorter == DENSE and DIAGONAL not in sides
+    apt = min(d_out, d_in) >= LEAST_SIDE and shorter == DENSE and DIAGONAL not in sides
+    return apt and price_of_rounds(*step.shape[-2:]) <= PAYS * 6 * rows * d_out * d_in
+
+
+def price_of_rounds(d_out: int, d_in: int) -> int:
+    """Operations that it takes to orthogonalise a matrix."""
+    m, n = sorted((d_out, d_in))
+    squared = 4 * m * m * n + (6 * ROUNDS) * m**3
+    return squared if n >= WIDE * m else ROUNDS * (4 * m * m * n + 2 * m**3)
 
 
 def orthogonalised(steps: Sequence[Tensor]) -> list[Tensor]:
