@@ -20,12 +20,12 @@ from torch.utils.checkpoint import checkpoint
 from kronewton import KFAC, filing, structure
 from kronewton.batches import Batches
 from kronewton.capture import Watcher
-from kronewton.curvature import by_layer
 from kronewton.errors import CriterionError
 from kronewton.factors import Factors, batch_factors, reduced_factors, with_corrected
 from kronewton.fisher import Fisher
 from kronewton.layers import find_layers
 from kronewton.options import criteria_of
+from kronewton.rows import by_layer
 from kronewton.whole import CHECKED
 
 pytestmark = pytest.mark.usefixtures("float64")

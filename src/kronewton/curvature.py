@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ from kronewton.inverse import (
     eigen_basis,
     factored_inverse,
 )
-from kronewton.layers import ENTRIES, TURNED, DenseRows, Layer
+from kronewton.layers import ENTRIES, TURNED, Layer
 from kronewton.linalg import all_finite, ran_out_of_memory
 from kronewton.normalised import (
     Moments,
@@ -53,7 +53,6 @@ from kronewton.pair import (
     pair_inverse,
 )
 from kronewton.structure import DENSE, DIAGONAL, Blocks, Sides, Structure, side_of
-from kronewton.types import Statistics
 
 HOW = ("", TURNED, ENTRIES)  # a layer's matrix can be seen
 ENTRIES_DECAY = 0.95  # of running squares of gradients, at least
@@ -602,27 +601,3 @@ def _memory_for(name: str) -> Iterator[None]:
 def layer_of(term: str) -> str:
     """The layer that a term belongs to."""
     return term.removesuffix(TURNED).removesuffix(ENTRIES)
-
-
-def by_layer(
-    parts: Iterable[tuple[Mapping[str, Sequence[Statistics]], Tensor | None]],
-) -> dict[str, list[Observation]]:
-    """Statistics of a batch's parts, gathered by layer, each with its part's weight."""
-    found: dict[str, list[Observation]] = {}
-    for statistics, weight in parts:
-        if weight is None:
-            continue
-        for name, seen in statistics.items():
-            found.setdefault(name, []).extend((stats, weight) for stats in seen)
-    return {term: _alike(seen) if len(seen) > 1 else seen for term, seen in found.items()}
-
-
-def _alike(seen: list[Observation]) -> list[Observation]:
-    """All in the widest precision of any: a model may have been cast while they came in."""
-    if len({stats.b.dtype for stats, _ in seen}) == 1:
-        return seen
-    widest = max((stats.b.dtype for stats, _ in seen), key=lambda dtype: dtype.itemsize)
-    return [
-        (replace(stats, a=DenseRows(stats.a.dense().to(widest)), b=stats.b.to(widest)), part)
-        for stats, part in seen
-    ]

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from kronewton.capture import Watcher
 from kronewton.coverage import html_table, readable_bytes, text_table
-from kronewton.curvature import by_layer
 from kronewton.errors import CriterionError, ModelError, OptionError
 from kronewton.factors import Observation
 from kronewton.fisher import Fisher
@@ -20,6 +19,7 @@ from kronewton.layers import ENTRIES, TURNED, Found, Layer, find_layers
 from kronewton.options import check_criterion
 from kronewton.part import Part
 from kronewton.replay import ModelCall, Replayer, random_state
+from kronewton.rows import by_layer
 
 DISTANCES = tuple(field.name for field in fields(Distances))
 MOST_COLUMNS = 512  # of the criterion's square root Hessian: each is a backward pass

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from kronewton.factors import Observation
 from kronewton.layers import DenseRows, Layer
 from kronewton.layers.base import at_least_float32
 from kronewton.layers.embedding import TokenRows
@@ -103,3 +104,27 @@ def tolerance(layer: Layer, G: Tensor) -> float:
     if half or torch.is_autocast_enabled(G.device.type):
         return 0.3
     return 1e-6 if G.dtype == torch.float64 else 1e-2
+
+
+def by_layer(
+    parts: Iterable[tuple[Mapping[str, Sequence[Statistics]], Tensor | None]],
+) -> dict[str, list[Observation]]:
+    """Statistics of a batch's parts, gathered by layer, each with its part's weight."""
+    found: dict[str, list[Observation]] = {}
+    for statistics, weight in parts:
+        if weight is None:
+            continue
+        for name, seen in statistics.items():
+            found.setdefault(name, []).extend((stats, weight) for stats in seen)
+    return {term: _alike(seen) if len(seen) > 1 else seen for term, seen in found.items()}
+
+
+def _alike(seen: list[Observation]) -> list[Observation]:
+    """All in the widest precision of any: a model may have been cast while they came in."""
+    if len({stats.b.dtype for stats, _ in seen}) == 1:
+        return seen
+    widest = max((stats.b.dtype for stats, _ in seen), key=lambda dtype: dtype.itemsize)
+    return [
+        (replace(stats, a=DenseRows(stats.a.dense().to(widest)), b=stats.b.to(widest)), part)
+        for stats, part in seen
+    ]

@@ -18,7 +18,7 @@ from kronewton.concerns import (
     require_own_parameters,
 )
 from kronewton.coverage import Coverage, row_of, row_without, unseen
-from kronewton.curvature import Curvature, by_layer, layer_of
+from kronewton.curvature import Curvature, layer_of
 from kronewton.errors import CriterionError
 from kronewton.fisher import Fisher
 from kronewton.layers import Found, Layer, find_layers
@@ -26,6 +26,7 @@ from kronewton.layers.base import at_least_float32
 from kronewton.options import CurvatureOptions, check_criterion, check_patterns
 from kronewton.part import Part
 from kronewton.quadratic import Vector
+from kronewton.rows import by_layer
 
 NOWHERE = "(no layer)"
 
