@@ -33,14 +33,7 @@ from kronewton.inverse import (
 )
 from kronewton.layers import ENTRIES, TURNED, Layer
 from kronewton.linalg import all_finite, ran_out_of_memory
-from kronewton.normalised import (
-    Moments,
-    flattenable,
-    in_parts,
-    normalised,
-    orthogonalised,
-    restored,
-)
+from kronewton.normalised import Moments, normalised, restored, with_alike
 from kronewton.options import NORMALISED, ORTHOGONAL
 from kronewton.pair import (
     ExactPairInverse,
@@ -466,11 +459,7 @@ class Curvature:
             found[name] = step if basis is None else basis.rotate_back(step).reshape(G.shape)
         if orthogonal:
             sides = {n: basis.sides for n in found if (basis := self._eigen(n)) is not None}
-            rows = self.rows
-            flat = [n for n in sides if flattenable(found[n], sides[n], rows.get(n, 0))]
-            parts = orthogonalised([in_parts(found[n], sides[n]) for n in flat])
-            for name, step in zip(flat, parts, strict=True):
-                found[name] = step.reshape(found[name].shape)
+            found = with_alike(found, sides, self.rows)
         return found
 
     def with_damping(self, damping: float) -> dict[str, Inverse]:

@@ -99,6 +99,16 @@ def normalised(
     return list(found)
 
 
+def with_alike(
+    steps: Mapping[str, Tensor], sides: Mapping[str, Sides], rows: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Steps by layer, orthogonalised where they should be. sides: of those that have a basis."""
+    names = [n for n in sides if flattenable(steps[n], sides[n], rows.get(n, 0))]
+    parts = orthogonalised([in_parts(steps[n], sides[n]) for n in names])
+    made = {n: part.reshape(steps[n].shape) for n, part in zip(names, parts, strict=True)}
+    return {**steps, **made}
+
+
 def flattenable(step: Tensor, sides: Sides, rows: int) -> bool:
     """Whether a layer's step (…, d_out, d_in) should have singular values that are alike.
 
