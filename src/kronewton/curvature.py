@@ -439,28 +439,27 @@ class Curvature:
     def normalised(self, gradients: Mapping[str, Tensor], decay: float) -> dict[str, Tensor]:
         """Adam's step for each layer's gradient, in its eigenbasis; in its own entries without.
 
-        In basis "orthogonal" the singular values of each are then made nearly alike.
+        In basis "orthogonal" each is then orthogonalised in its curvature.
         """
         orthogonal = self.basis == ORTHOGONAL
+        bases = {name: basis for name in gradients if (basis := self._eigen(name)) is not None}
         moments, rotated = [], []
         for name, G in gradients.items():
-            basis = self._eigen(name)
-            if basis is not None:
+            if name in bases:
                 # The basis of entries has them in one column.
-                G = basis.rotate(G.reshape(basis.s.shape).to(basis.s.dtype))
+                s = bases[name].s
+                G = bases[name].rotate(G.reshape(s.shape).to(s.dtype))
             if name not in self.moments or self.moments[name].m.shape != G.shape:
                 self.moments[name] = Moments(G)
             moments.append(self.moments[name])
             rotated.append(G)
-        found = {}
-        steps = normalised(moments, rotated, decay, ahead=orthogonal)
-        for (name, G), step in zip(gradients.items(), steps, strict=True):
-            basis = self._eigen(name)
-            found[name] = step if basis is None else basis.rotate_back(step).reshape(G.shape)
+        made = normalised(moments, rotated, decay, ahead=orthogonal)
+        steps = dict(zip(gradients, made, strict=True))
         if orthogonal:
-            sides = {n: basis.sides for n in found if (basis := self._eigen(n)) is not None}
-            found = with_alike(found, sides, self.rows)
-        return found
+            steps = with_alike(steps, bases, self.rows)
+        for name, basis in bases.items():
+            steps[name] = basis.rotate_back(steps[name]).reshape(gradients[name].shape)
+        return steps
 
     def with_damping(self, damping: float) -> dict[str, Inverse]:
         """The inverses as they would be with another damping."""

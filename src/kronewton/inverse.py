@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -57,6 +58,11 @@ class EigenInverse(Inverse):
     def basis(self) -> tuple[Tensor, Tensor]:
         """U_A and U_B."""
         return self.U_A, self.U_B
+
+    @cached_property
+    def spectra(self) -> tuple[Tensor, Tensor]:
+        """The eigenvalues of A, (…, d_in), and of B, (…, d_out), up to a factor of each."""
+        return self.s.sum(-2), self.s.sum(-1)
 
     def apply(self, G: Tensor, damping: float) -> Tensor:
         return self.rotate_back(divided(self.rotate(G), self.s, damping))

@@ -31,6 +31,8 @@ WIDE = 2  # times the shorter side: from about there products of the shorter one
 TOGETHER = 2**24  # numbers in matrices that are orthogonalised in one product
 PAYS = 1.0  # runs of a layer on a batch, that its rounds may cost
 LEAST_SIDE = 8  # smaller ones have little that could be flattened
+METRIC = 0.25  # the power of each factor that a step is orthogonalised in: 0 Muon's, ½ Newton's
+FLAT = 0.1  # of the mean eigenvalue, that is added to each there
 
 
 class Moments:
@@ -100,13 +102,30 @@ def normalised(
 
 
 def with_alike(
-    steps: Mapping[str, Tensor], sides: Mapping[str, Sides], rows: Mapping[str, int]
+    steps: Mapping[str, Tensor], bases: Mapping[str, EigenInverse], rows: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """Steps by layer, orthogonalised where they should be. sides: of those that have a basis."""
-    names = [n for n in sides if flattenable(steps[n], sides[n], rows.get(n, 0))]
-    parts = orthogonalised([in_parts(steps[n], sides[n]) for n in names])
-    made = {n: part.reshape(steps[n].shape) for n, part in zip(names, parts, strict=True)}
+    """Steps by layer, each in its basis, orthogonalised in its curvature where they should be."""
+    names = [n for n in bases if flattenable(steps[n], bases[n].sides, rows.get(n, 0))]
+    parts = [in_parts(steps[n], bases[n].sides) for n in names]
+    found = orthogonalised(parts, [metric(bases[n]) for n in names])
+    made = {n: part.reshape(steps[n].shape) for n, part in zip(names, found, strict=True)}
     return {**steps, **made}
+
+
+def metric(basis: EigenInverse) -> Tensor:
+    """What coordinates of a step are multiplied with, (…, d_out, d_in), in parts as the step is.
+
+    The curvature's power −METRIC, in its eigenbasis.
+    """
+    of_input, of_output = basis.spectra
+    on_output = in_parts(of_output.unsqueeze(-1), basis.sides)
+    return _power(on_output, -2) * _power(of_input, -1).unsqueeze(-2)
+
+
+def _power(s: Tensor, dim: int) -> Tensor:
+    """The power of eigenvalues, in units of their mean."""
+    mean = s.mean(dim, keepdim=True)
+    return (s / mean.clamp_min(TINY)).clamp_min(0).add_(FLAT).pow_(-METRIC)
 
 
 def flattenable(step: Tensor, sides: Sides, rows: int) -> bool:
@@ -132,9 +151,11 @@ def price_of_rounds(d_out: int, d_in: int) -> int:
     return squared if n >= WIDE * m else ROUNDS * (4 * m * m * n + 2 * m**3)
 
 
-def orthogonalised(steps: Sequence[Tensor]) -> list[Tensor]:
+def orthogonalised(steps: Sequence[Tensor], metrics: Sequence[Tensor] = ()) -> list[Tensor]:
     """Matrices (…, d_out, d_in) with singular values nearly alike, each as long as it was.
 
+    metrics: shaped likewise, W of each X: W∘polar(W∘X) instead of polar(X). Of the matrices that
+    are as long in the norm max σ(Δ/W) it is the one that falls furthest along X.
     Those of one shape together, by products alone (Newton and Schulz; Jordan et al. 2024).
     """
     found = list(steps)
@@ -144,14 +165,26 @@ def orthogonalised(steps: Sequence[Tensor]) -> list[Tensor]:
     for same in alike.values():
         most = max(1, TOGETHER // steps[same[0]].numel())
         for some in (same[k : k + most] for k in range(0, len(same), most)):
-            wide = torch.stack([_wide(steps[i]) for i in some])
-            X = wide.flatten(0, -3)  # (k, m, n), m ≤ n
-            length = torch.linalg.matrix_norm(X, keepdim=True)
-            flat = _in_rounds(X / length.clamp_min(TINY))
-            flat *= length / torch.linalg.matrix_norm(flat, keepdim=True).clamp_min(TINY)
-            for i, one in zip(some, flat.reshape(wide.shape).unbind(), strict=True):
+            shape = (len(some), *_wide(steps[some[0]]).shape)
+            X = torch.stack([_wide(steps[i]) for i in some]).flatten(0, -3)  # (k, m, n), m ≤ n
+            W = torch.stack([_wide(metrics[i]) for i in some]).flatten(0, -3) if metrics else None
+            length = _length(X)
+            X = X / length.clamp_min(TINY)
+            if W is not None:
+                X *= W
+                X /= _length(X).clamp_min(TINY)
+            flat = _in_rounds(X)
+            if W is not None:
+                flat *= W
+            flat *= length / _length(flat).clamp_min(TINY)
+            for i, one in zip(some, flat.reshape(shape).unbind(), strict=True):
                 found[i] = one if steps[i].shape == one.shape else one.mT
     return found
+
+
+def _length(X: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.matrix_norm(X, keepdim=True)
+    return length
 
 
 def in_parts(step: Tensor, sides: Sides) -> Tensor:
