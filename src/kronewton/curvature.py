@@ -33,7 +33,7 @@ from kronewton.inverse import (
 )
 from kronewton.layers import ENTRIES, TURNED, Layer
 from kronewton.linalg import all_finite, ran_out_of_memory
-from kronewton.normalised import Moments, normalised, restored, with_alike
+from kronewton.normalised import Moments, in_curvature, normalised, restored
 from kronewton.options import NORMALISED, ORTHOGONAL
 from kronewton.pair import (
     ExactPairInverse,
@@ -456,7 +456,7 @@ class Curvature:
         made = normalised(moments, rotated, decay, ahead=orthogonal)
         steps = dict(zip(gradients, made, strict=True))
         if orthogonal:
-            steps = with_alike(steps, bases, self.rows)
+            steps = in_curvature(steps, bases, self.rows)
         for name, basis in bases.items():
             steps[name] = basis.rotate_back(steps[name]).reshape(gradients[name].shape)
         return steps

@@ -57,9 +57,9 @@ def symmetric_eigen(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
     matrix is not finite or no attempt converges.
     """
     _require_finite(matrix, name)  # LAPACK may return numbers for a matrix with NaN in it
-    for attempt in (matrix, matrix.double()):
+    for dtype in (matrix.dtype, torch.float64):
         try:
-            s, U = torch.linalg.eigh(attempt)
+            s, U = torch.linalg.eigh(matrix.to(dtype))
         except RuntimeError as error:  # LinAlgError derives from it; MKL and cuSOLVER raise either
             if ran_out_of_memory(error):
                 raise

@@ -101,15 +101,27 @@ def normalised(
     return list(found)
 
 
-def with_alike(
+def in_curvature(
     steps: Mapping[str, Tensor], bases: Mapping[str, EigenInverse], rows: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """Steps by layer, each in its basis, orthogonalised in its curvature where they should be."""
-    names = [n for n in bases if flattenable(steps[n], bases[n].sides, rows.get(n, 0))]
-    parts = [in_parts(steps[n], bases[n].sides) for n in names]
-    found = orthogonalised(parts, [metric(bases[n]) for n in names])
-    made = {n: part.reshape(steps[n].shape) for n, part in zip(names, found, strict=True)}
-    return {**steps, **made}
+    """Steps by layer, in their bases, orthogonalised or weighted in their curvature.
+
+    rows: of each layer in a batch. A step that is not orthogonalised has its coordinates weighted
+    by the same power of the curvature, and keeps its length. What is not `curved` stays as it is.
+    """
+    names = [n for n in bases if curved(steps[n], bases[n].sides)]
+    metrics = {n: metric(bases[n]) for n in names}
+    flat = [n for n in names if flattenable(steps[n], bases[n].sides, rows.get(n, 0))]
+    parts = [in_parts(steps[n], bases[n].sides) for n in flat]
+    found = {**steps}
+    for n, part in zip(flat, orthogonalised(parts, [metrics[n] for n in flat]), strict=True):
+        found[n] = part.reshape(steps[n].shape)
+    for n in set(names) - set(flat):
+        part = in_parts(steps[n], bases[n].sides)
+        weighted = part * metrics[n]
+        weighted *= _length(part) / _length(weighted).clamp_min(TINY)
+        found[n] = weighted.reshape(steps[n].shape)
+    return found
 
 
 def metric(basis: EigenInverse) -> Tensor:
@@ -118,8 +130,10 @@ def metric(basis: EigenInverse) -> Tensor:
     The curvature's power −METRIC, in its eigenbasis.
     """
     of_input, of_output = basis.spectra
-    on_output = in_parts(of_output.unsqueeze(-1), basis.sides)
-    return _power(on_output, -2) * _power(of_input, -1).unsqueeze(-2)
+    rows = _power(in_parts(of_output.unsqueeze(-1), basis.sides), -2)
+    if basis.sides.input == DIAGONAL:  # tokens: rare ones are no direction of little curvature
+        return rows.expand(*rows.shape[:-1], of_input.shape[-1])
+    return rows * _power(of_input, -1).unsqueeze(-2)
 
 
 def _power(s: Tensor, dim: int) -> Tensor:
@@ -128,20 +142,27 @@ def _power(s: Tensor, dim: int) -> Tensor:
     return (s / mean.clamp_min(TINY)).clamp_min(0).add_(FLAT).pow_(-METRIC)
 
 
+def curved(step: Tensor, sides: Sides) -> bool:
+    """Whether a layer's step (…, d_out, d_in) goes by its curvature.
+
+    Not where the outputs' own axes are their basis, as of pixels that are put out: they are equally
+    long already in what counts.
+    """
+    return min(step.shape[-2:]) > 1 and sides.output != DIAGONAL
+
+
 def flattenable(step: Tensor, sides: Sides, rows: int) -> bool:
-    """Whether a layer's step (…, d_out, d_in) should have singular values that are alike.
+    """Whether a step that goes by its curvature should have singular values that are alike.
 
     rows: of the layer in a batch. Where they are few, as behind a batch of a hundred examples, the
     rounds cost several runs of the layer, forward and backward, for steps that are hardly fewer.
-
-    Not where a side's own axes are its basis, as of tokens or of pixels that are put out: they are
-    equally long already in what counts. Nor where the shorter side has no factor in full, for the
+    Nor where an input's own axes are its basis, or the shorter side has no factor in full, for the
     price would be that of one.
     """
     d_out, d_in = step.shape[-2:]
     shorter = sides.output if d_out <= d_in else sides.input
-    apt = min(d_out, d_in) >= LEAST_SIDE and shorter == DENSE and DIAGONAL not in sides
-    return apt and price_of_rounds(*step.shape[-2:]) <= PAYS * 6 * rows * d_out * d_in
+    apt = DIAGONAL not in sides and min(d_out, d_in) >= LEAST_SIDE and shorter == DENSE
+    return apt and price_of_rounds(d_out, d_in) <= PAYS * 6 * rows * d_out * d_in
 
 
 def price_of_rounds(d_out: int, d_in: int) -> int:
