@@ -15,9 +15,11 @@ import kronewton as kn
 from kronewton.adapt import Fixed, LevenbergMarquardt, Pace, Pacing, Settings
 from kronewton.batches import Trial, loss_of
 from kronewton.errors import KronewtonWarning, NotPositiveDefinite, OptionError, StateError
-from kronewton.inverse import eigen_basis
+from kronewton.inverse import EigenInverse, eigen_basis
 from kronewton.normalised import (
     FIRST_DECAY,
+    FLAT,
+    METRIC,
     SECOND_DECAY,
     Moments,
     flattenable,
@@ -192,6 +194,36 @@ def test_directions_of_little_curvature_are_stepped_along_further():
     gained = found.norm(dim=0) / plain.norm(dim=0)
     assert float(gained[-1]) > 1.5 * float(gained[0])
     torch.testing.assert_close(found.norm(), X.norm())
+
+
+@pytest.mark.parametrize(
+    ("shape", "sides", "on_input", "on_output"),
+    [
+        ((9, 12), Sides(), True, True),
+        ((3, 9, 12), Sides(), True, True),
+        ((9, 12), Sides(DIAGONAL, DENSE), False, True),
+        ((9, 12), Sides(DENSE, DIAGONAL), False, False),
+        ((9, 1), Sides(), False, False),
+        ((1, 12), Sides(), False, False),
+    ],
+)
+def test_without_rounds_coordinates_are_weighted_and_the_length_is_kept(
+    shape, sides, on_input, on_output
+):
+    X, s = drawn(*shape), drawn(*shape, seed=1).square()
+    basis = EigenInverse(torch.zeros(0), torch.zeros(0), s, sides)
+    found = in_curvature({"layer": X}, {"layer": basis}, {"layer": 0})["layer"]
+
+    def weights(sums: Tensor) -> Tensor:
+        return (sums / sums.mean(-1, keepdim=True) + FLAT) ** -METRIC
+
+    wanted = X
+    if on_input:
+        wanted = wanted * weights(s.sum(-2)).unsqueeze(-2)
+    if on_output:
+        wanted = wanted * weights(s.sum(-1)).unsqueeze(-1)
+    lengths = [torch.linalg.matrix_norm(M, keepdim=True) for M in (X, wanted)]
+    torch.testing.assert_close(found, wanted * lengths[0] / lengths[1])
 
 
 def test_a_rotation_before_is_a_rotation_after():

@@ -5,9 +5,9 @@ step moves every coordinate about equally far whatever its gradient's size, and 
 apart best along the eigenvectors of the factors (Vyas et al. 2024 with Shampoo's factors).
 
 Coordinates of like size do not make singular values of like size: where many gradients agree, a
-step is all but a matrix of rank one, and curvature along that bounds its length. Orthogonalised, no
-direction of the input is changed by much more than another (Jordan et al. 2024, of the mean
-gradient).
+step is all but a matrix of rank one, and curvature along that bounds its length. So steps are
+orthogonalised (Jordan et al. 2024, of the mean gradient), and in a metric half way from none to
+Newton's: of all Δ for which no singular value of B^¼ Δ A^¼ is above one, the step falls furthest.
 """
 
 from __future__ import annotations

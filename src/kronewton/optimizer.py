@@ -101,7 +101,7 @@ class KFAC(Optimizer):
     basis: "factored" (π-damped factors), "eigen" ((B ⊗ A + damping·I)⁻¹ exactly), "corrected"
         (the same with the exact block's diagonal in that basis, EKFAC), "adam" (Adam's moments in
         that basis: normalised steps, undamped; momentum is the first one's decay) or "orthogonal"
-        (the same with Nesterov's momentum, and singular values of a layer's step nearly alike).
+        (the same with Nesterov's momentum, each layer's step orthogonalised in its curvature).
         "auto" begins with "orthogonal" and goes between it and "factored" by the noise between
         batches, where lr, momentum and damping are automatic, too; else it is "factored".
     factor_every, inverse_every: steps between renewals. adapt_every: between decisions on λ.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -55,7 +55,9 @@ class Projected(OutputCurvature):
     @cached_property
     def _blocks(self) -> Blocks:
         with _hessian_product(self.criterion, self.output, self.targets) as hessian:
-            coupled = _coupled_dimensions(hessian, self.output)
+            coupled, diagonal = _coupled_dimensions(hessian, self.output)
+            if not coupled:
+                return _projected(diagonal.reshape(-1, 1, 1), coupled, range(diagonal.dim()))
             return _blocks(hessian, self.output, coupled, type(self.criterion).__name__)
 
     @property
@@ -195,8 +197,8 @@ def _stand_ins(criterion: nn.Module) -> Iterator[None]:
             store.update(original)
 
 
-def _coupled_dimensions(hessian: Callable[[Tensor], Tensor], x: Tensor) -> list[int]:
-    """Dimensions along which H couples different indices; all others cut it into blocks.
+def _coupled_dimensions(hessian: Callable[[Tensor], Tensor], x: Tensor) -> tuple[list[int], Tensor]:
+    """Dimensions along which H couples different indices; all others cut it into blocks. And H1.
 
     Any two indices differ in a bit. For each bit, v lives on the half that has it set, and Hv on
     the other half tells: log₂ of the size products, and no pair is missed.
@@ -206,7 +208,7 @@ def _coupled_dimensions(hessian: Callable[[Tensor], Tensor], x: Tensor) -> list[
     rounding = 10 * torch.finfo(x.dtype).eps
     whole, diagonal = hessian(v), hessian(torch.ones_like(x))
     if bool(((whole - v * diagonal).abs() <= rounding * whole.abs()).all()):
-        return []  # most criteria couple nothing, and two products show it
+        return [], diagonal  # most criteria couple nothing, and two products show it
     coupled = []
     for d, size in enumerate(x.shape):
         index = torch.arange(size, device=x.device).reshape(-1, *[1] * (x.dim() - d - 1))
@@ -216,7 +218,7 @@ def _coupled_dimensions(hessian: Callable[[Tensor], Tensor], x: Tensor) -> list[
             if bool(Hv.masked_fill(inside, 0).amax() > rounding * Hv.amax()):
                 coupled.append(d)
                 break
-    return coupled
+    return coupled, diagonal
 
 
 def _blocks(
@@ -238,15 +240,20 @@ def _blocks(
         unit = x.new_zeros(P, K)
         unit[:, k] = 1
         H[:, :, k] = layout.rows(hessian(layout.back(unit, x)))
-    if K == 1:
+    return _projected(H, coupled, free)
+
+
+def _projected(H: Tensor, coupled: Sequence[int], free: Sequence[int]) -> Blocks:
+    """Blocks (P, K, K), symmetrised and without their negative eigenvalues."""
+    if H.shape[-1] == 1:
         s, root = H[..., 0], H.clamp(min=0).sqrt()
     elif bool(torch.isfinite(H).all()):
         s, U = torch.linalg.eigh((H + H.mT) / 2)
         root = U * s.clamp(min=0).sqrt().unsqueeze(1)
     else:
         s = root = torch.full_like(H, math.nan)
-    negative = s.min() < -1000 * torch.finfo(x.dtype).eps * s.abs().max()
-    return Blocks(root, tuple(coupled), free, bool(H.any()), bool(negative))
+    negative = s.min() < -1000 * torch.finfo(H.dtype).eps * s.abs().max()
+    return Blocks(root, tuple(coupled), tuple(free), bool(H.any()), bool(negative))
 
 
 def _way_out(other: str) -> str:
