@@ -196,6 +196,20 @@ def test_directions_of_little_curvature_are_stepped_along_further():
     torch.testing.assert_close(found.norm(), X.norm())
 
 
+@pytest.mark.parametrize("rows", [0, 1000])
+@pytest.mark.parametrize("groups", [2, 3])
+def test_blocks_of_groups_are_as_each_group_alone(groups, rows):
+    X, s = drawn(groups, 24, 20), drawn(groups, 24, 20, seed=1).square()
+    sides, none = Sides(DENSE, Blocks(8, 24)), torch.zeros(0)
+    found = in_curvature(
+        {"layer": X}, {"layer": EigenInverse(none, none, s, sides)}, {"layer": rows}
+    )
+    for k in range(groups):
+        alone = {"layer": EigenInverse(none, none, s[k], sides)}
+        one = in_curvature({"layer": X[k]}, alone, {"layer": rows})["layer"]
+        torch.testing.assert_close(found["layer"][k], one)
+
+
 @pytest.mark.parametrize(
     ("shape", "sides", "on_input", "on_output"),
     [

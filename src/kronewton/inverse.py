@@ -61,7 +61,10 @@ class EigenInverse(Inverse):
 
     @cached_property
     def spectra(self) -> tuple[Tensor, Tensor]:
-        """The eigenvalues of A, (…, d_in), and of B, (…, d_out), up to a factor of each."""
+        """The sums of s along either side, (…, d_in) and (…, d_out).
+
+        Of a Kronecker product they are the eigenvalues of A and B, up to a factor of each.
+        """
         return self.s.sum(-2), self.s.sum(-1)
 
     def apply(self, G: Tensor, damping: float) -> Tensor:

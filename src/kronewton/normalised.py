@@ -13,7 +13,7 @@ Newton's: of all Δ for which no singular value of B^¼ Δ A^¼ is above one, th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -110,15 +110,14 @@ def in_curvature(
     by the same power of the curvature, and keeps its length. What is not `curved` stays as it is.
     """
     names = [n for n in bases if curved(steps[n], bases[n].sides)]
-    metrics = {n: metric(bases[n]) for n in names}
     flat = [n for n in names if flattenable(steps[n], bases[n].sides, rows.get(n, 0))]
     parts = [in_parts(steps[n], bases[n].sides) for n in flat]
     found = {**steps}
-    for n, part in zip(flat, orthogonalised(parts, [metrics[n] for n in flat]), strict=True):
+    for n, part in zip(flat, orthogonalised(parts, lambda i: metric(bases[flat[i]])), strict=True):
         found[n] = part.reshape(steps[n].shape)
     for n in set(names) - set(flat):
         part = in_parts(steps[n], bases[n].sides)
-        weighted = part * metrics[n]
+        weighted = part * metric(bases[n])
         weighted *= _length(part) / _length(weighted).clamp_min(TINY)
         found[n] = weighted.reshape(steps[n].shape)
     return found
@@ -127,13 +126,15 @@ def in_curvature(
 def metric(basis: EigenInverse) -> Tensor:
     """What coordinates of a step are multiplied with, (…, d_out, d_in), in parts as the step is.
 
-    The curvature's power −METRIC, in its eigenbasis.
+    The curvature's power −METRIC in its eigenbasis, of the outputs alone where the inputs' own axes
+    are their basis: a token that is rare is no direction of little curvature.
     """
     of_input, of_output = basis.spectra
     rows = _power(in_parts(of_output.unsqueeze(-1), basis.sides), -2)
-    if basis.sides.input == DIAGONAL:  # tokens: rare ones are no direction of little curvature
+    if basis.sides.input == DIAGONAL:
         return rows.expand(*rows.shape[:-1], of_input.shape[-1])
-    return rows * _power(of_input, -1).unsqueeze(-2)
+    columns = _power(of_input, -1).unsqueeze(-2)
+    return rows * (columns.unsqueeze(-3) if rows.dim() > columns.dim() else columns)
 
 
 def _power(s: Tensor, dim: int) -> Tensor:
@@ -146,7 +147,7 @@ def curved(step: Tensor, sides: Sides) -> bool:
     """Whether a layer's step (…, d_out, d_in) goes by its curvature.
 
     Not where the outputs' own axes are their basis, as of pixels that are put out: they are equally
-    long already in what counts.
+    long already in what counts. Nor columns, as of scales and shifts, and single outputs.
     """
     return min(step.shape[-2:]) > 1 and sides.output != DIAGONAL
 
@@ -172,11 +173,13 @@ def price_of_rounds(d_out: int, d_in: int) -> int:
     return squared if n >= WIDE * m else ROUNDS * (4 * m * m * n + 2 * m**3)
 
 
-def orthogonalised(steps: Sequence[Tensor], metrics: Sequence[Tensor] = ()) -> list[Tensor]:
+def orthogonalised(
+    steps: Sequence[Tensor], weights: Callable[[int], Tensor] | None = None
+) -> list[Tensor]:
     """Matrices (…, d_out, d_in) with singular values nearly alike, each as long as it was.
 
-    metrics: shaped likewise, W of each X: W∘polar(W∘X) instead of polar(X). Of the matrices that
-    are as long in the norm max σ(Δ/W) it is the one that falls furthest along X.
+    weights: of the i-th step X, in its shape, W: W∘polar(W∘X) instead of polar(X). Of the matrices
+    that are as long in the norm max σ(Δ/W) it is the one that falls furthest along X.
     Those of one shape together, by products alone (Newton and Schulz; Jordan et al. 2024).
     """
     found = list(steps)
@@ -188,7 +191,9 @@ def orthogonalised(steps: Sequence[Tensor], metrics: Sequence[Tensor] = ()) -> l
         for some in (same[k : k + most] for k in range(0, len(same), most)):
             shape = (len(some), *_wide(steps[some[0]]).shape)
             X = torch.stack([_wide(steps[i]) for i in some]).flatten(0, -3)  # (k, m, n), m ≤ n
-            W = torch.stack([_wide(metrics[i]) for i in some]).flatten(0, -3) if metrics else None
+            W = None
+            if weights is not None:
+                W = torch.stack([_wide(weights(i)) for i in some]).flatten(0, -3)
             length = _length(X)
             X = X / length.clamp_min(TINY)
             if W is not None:
