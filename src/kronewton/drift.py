@@ -45,8 +45,8 @@ def renewed(
     """
     of_input = of_output = None
     if old is not None and old.s.dtype == product.Q.dtype:  # or the model has been cast since
-        of_input = (old.sides.input, old.U_A, old.s.sum(-2))
-        of_output = (old.sides.output, old.U_B, old.s.sum(-1))
+        of_input = (old.sides.input, old.U_A, old.spectra[0])
+        of_output = (old.sides.output, old.U_B, old.spectra[1])
     d_out = product.sides.output.diagonal(product.P).shape[-1]
     d_in = product.sides.input.diagonal(product.Q).shape[-1]
     on_input, s_A, U_A = _side(

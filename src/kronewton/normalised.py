@@ -7,7 +7,7 @@ apart best along the eigenvectors of the factors (Vyas et al. 2024 with Shampoo'
 Coordinates of like size do not make singular values of like size: where many gradients agree, a
 step is all but a matrix of rank one, and curvature along that bounds its length. So steps are
 orthogonalised (Jordan et al. 2024, of the mean gradient), and in a metric half way from none to
-Newton's: of all Δ for which no singular value of B^¼ Δ A^¼ is above one, the step falls furthest.
+Newton's: of all Δ for which no singular value of B^¼ Δ A^¼ is above one, it falls furthest.
 """
 
 from __future__ import annotations
