@@ -15,11 +15,9 @@ import kronewton as kn
 from kronewton.adapt import Fixed, LevenbergMarquardt, Pace, Pacing, Settings
 from kronewton.batches import Trial, loss_of
 from kronewton.errors import KronewtonWarning, NotPositiveDefinite, OptionError, StateError
-from kronewton.inverse import EigenInverse, eigen_basis
+from kronewton.inverse import FLAT, METRIC, EigenInverse, eigen_basis
 from kronewton.normalised import (
     FIRST_DECAY,
-    FLAT,
-    METRIC,
     SECOND_DECAY,
     Moments,
     flattenable,
@@ -160,8 +158,8 @@ def power(M: Tensor, exponent: float) -> Tensor:
 
 @pytest.mark.parametrize("exponent", [0.0, 0.25, 0.5])
 def test_a_step_is_orthogonalised_in_a_power_of_its_curvature(exponent, monkeypatch):
-    monkeypatch.setattr("kronewton.normalised.METRIC", exponent)
-    monkeypatch.setattr("kronewton.normalised.FLAT", 0.0)
+    monkeypatch.setattr("kronewton.inverse.METRIC", exponent)
+    monkeypatch.setattr("kronewton.inverse.FLAT", 0.0)
     monkeypatch.setattr(
         "kronewton.normalised._in_rounds", lambda X: torch.stack(list(map(polar, X)))
     )

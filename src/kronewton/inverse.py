@@ -9,7 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kronewton.structure import PLAIN, Sides, kronecker_apply
+from kronewton.structure import DIAGONAL, PLAIN, Sides, in_parts, kronecker_apply
+
+METRIC = 0.25  # the power of each factor that a step is orthogonalised in: 0 Muon's, ½ Newton's
+FLAT = 0.1  # of the mean eigenvalue, that is added to each there
+TINY = 1e-30
 
 
 class Inverse(ABC):
@@ -67,6 +71,22 @@ class EigenInverse(Inverse):
         """
         return self.s.sum(-2), self.s.sum(-1)
 
+    @cached_property
+    def metric(self) -> tuple[Tensor, ...]:
+        """What the coordinates of a step are multiplied with: its rows, and then its columns.
+
+        The curvature's power −METRIC in its eigenbasis, (…, d_out, 1) and (…, 1, d_in), for steps
+        in parts as `in_parts` has them; of the outputs alone where the inputs' own axes are their
+        basis: a token that is rare is no direction of little curvature.
+        """
+        of_input, of_output = self.spectra
+        rows = _power(in_parts(of_output.unsqueeze(-1), self.sides), -2)
+        if self.sides.input == DIAGONAL:
+            return (rows,)
+        columns = _power(of_input, -1).unsqueeze(-2)
+        columns = columns.unsqueeze(-3) if rows.dim() > columns.dim() else columns
+        return rows, columns.expand(*rows.shape[:-2], 1, -1)
+
     def apply(self, G: Tensor, damping: float) -> Tensor:
         return self.rotate_back(divided(self.rotate(G), self.s, damping))
 
@@ -82,6 +102,12 @@ class EigenInverse(Inverse):
 
     def tensors(self) -> dict[str, Tensor]:
         return {"U_A": self.U_A, "U_B": self.U_B, "s": self.s}
+
+
+def _power(s: Tensor, dim: int) -> Tensor:
+    """The power of eigenvalues, in units of their mean."""
+    mean = s.mean(dim, keepdim=True)
+    return (s / mean.clamp_min(TINY)).clamp_min(0).add_(FLAT).pow_(-METRIC)
 
 
 def divided(rotated: Tensor, s: Tensor, damping: float) -> Tensor:

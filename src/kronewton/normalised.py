@@ -13,14 +13,14 @@ Newton's: of all Δ for which no singular value of B^¼ Δ A^¼ is above one, it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from kronewton.inverse import EigenInverse
 from kronewton.linalg import diagonal
-from kronewton.structure import DENSE, DIAGONAL, Blocks, Sides, Structure
+from kronewton.structure import DENSE, DIAGONAL, Sides, Structure, in_parts
 
 FIRST_DECAY, SECOND_DECAY = 0.85, 0.95
 LEAST = 1e-5  # of a layer's root mean square: a coordinate's gradient below counts as this
@@ -31,8 +31,6 @@ WIDE = 2  # times the shorter side: from about there products of the shorter one
 TOGETHER = 2**24  # numbers in matrices that are orthogonalised in one product
 PAYS = 1.0  # runs of a layer on a batch, that its rounds may cost
 LEAST_SIDE = 8  # smaller ones have little that could be flattened
-METRIC = 0.25  # the power of each factor that a step is orthogonalised in: 0 Muon's, ½ Newton's
-FLAT = 0.1  # of the mean eigenvalue, that is added to each there
 
 
 class Moments:
@@ -111,36 +109,19 @@ def in_curvature(
     """
     names = [n for n in bases if curved(steps[n], bases[n].sides)]
     flat = [n for n in names if flattenable(steps[n], bases[n].sides, rows.get(n, 0))]
-    parts = [in_parts(steps[n], bases[n].sides) for n in flat]
-    found = {**steps}
-    for n, part in zip(flat, orthogonalised(parts, lambda i: metric(bases[flat[i]])), strict=True):
-        found[n] = part.reshape(steps[n].shape)
-    for n in set(names) - set(flat):
-        part = in_parts(steps[n], bases[n].sides)
-        weighted = part * metric(bases[n])
-        weighted *= _length(part) / _length(weighted).clamp_min(TINY)
-        found[n] = weighted.reshape(steps[n].shape)
-    return found
+    parts = {n: in_parts(steps[n], bases[n].sides) for n in names}
+    made = orthogonalised([parts[n] for n in flat], [bases[n].metric for n in flat])
+    found = {n: weighted(parts[n], bases[n].metric) for n in parts.keys() - set(flat)}
+    found.update(zip(flat, made, strict=True))
+    return {n: found[n].reshape(X.shape) if n in found else X for n, X in steps.items()}
 
 
-def metric(basis: EigenInverse) -> Tensor:
-    """What coordinates of a step are multiplied with, (…, d_out, d_in), in parts as the step is.
-
-    The curvature's power −METRIC in its eigenbasis, of the outputs alone where the inputs' own axes
-    are their basis: a token that is rare is no direction of little curvature.
-    """
-    of_input, of_output = basis.spectra
-    rows = _power(in_parts(of_output.unsqueeze(-1), basis.sides), -2)
-    if basis.sides.input == DIAGONAL:
-        return rows.expand(*rows.shape[:-1], of_input.shape[-1])
-    columns = _power(of_input, -1).unsqueeze(-2)
-    return rows * (columns.unsqueeze(-3) if rows.dim() > columns.dim() else columns)
-
-
-def _power(s: Tensor, dim: int) -> Tensor:
-    """The power of eigenvalues, in units of their mean."""
-    mean = s.mean(dim, keepdim=True)
-    return (s / mean.clamp_min(TINY)).clamp_min(0).add_(FLAT).pow_(-METRIC)
+def weighted(step: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """W∘X for a step X (…, d_out, d_in), as long as it was; W is the product of the weights."""
+    found = step
+    for one in weights:
+        found = found * one
+    return found.mul_(_length(step) / _length(found).clamp_min_(TINY))
 
 
 def curved(step: Tensor, sides: Sides) -> bool:
@@ -174,12 +155,13 @@ def price_of_rounds(d_out: int, d_in: int) -> int:
 
 
 def orthogonalised(
-    steps: Sequence[Tensor], weights: Callable[[int], Tensor] | None = None
+    steps: Sequence[Tensor], weights: Sequence[Sequence[Tensor]] = ()
 ) -> list[Tensor]:
     """Matrices (…, d_out, d_in) with singular values nearly alike, each as long as it was.
 
-    weights: of the i-th step X, in its shape, W: W∘polar(W∘X) instead of polar(X). Of the matrices
-    that are as long in the norm max σ(Δ/W) it is the one that falls furthest along X.
+    weights: of every step X, of its rows (…, d_out, 1) and of its columns (…, 1, d_in), whose
+    product is W: W∘polar(W∘X) instead of polar(X). Of the matrices that are as long in the norm
+    max σ(Δ/W) it is the one that falls furthest along X.
     Those of one shape together, by products alone (Newton and Schulz; Jordan et al. 2024).
     """
     found = list(steps)
@@ -191,34 +173,28 @@ def orthogonalised(
         for some in (same[k : k + most] for k in range(0, len(same), most)):
             shape = (len(some), *_wide(steps[some[0]]).shape)
             X = torch.stack([_wide(steps[i]) for i in some]).flatten(0, -3)  # (k, m, n), m ≤ n
-            W = None
-            if weights is not None:
-                W = torch.stack([_wide(weights(i)) for i in some]).flatten(0, -3)
             length = _length(X)
             X = X / length.clamp_min(TINY)
-            if W is not None:
-                X *= W
-                X /= _length(X).clamp_min(TINY)
+            W = _together([_wide_weights(steps[i], weights[i]) for i in some]) if weights else ()
+            if W:
+                X = weighted(X, W)
             flat = _in_rounds(X)
-            if W is not None:
-                flat *= W
-            flat *= length / _length(flat).clamp_min(TINY)
-            for i, one in zip(some, flat.reshape(shape).unbind(), strict=True):
-                found[i] = one if steps[i].shape == one.shape else one.mT
+            for one in W:
+                flat *= one
+            flat *= length / _length(flat).clamp_min_(TINY)
+            for i, made in zip(some, flat.reshape(shape).unbind(), strict=True):
+                found[i] = made if steps[i].shape == made.shape else made.mT
     return found
 
 
+def _together(weights: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    """The weights of several matrices as those of a batch of them."""
+    return tuple(torch.stack(side).flatten(0, -3) for side in zip(*weights, strict=True))
+
+
 def _length(X: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.matrix_norm(X, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
     return length
-
-
-def in_parts(step: Tensor, sides: Sides) -> Tensor:
-    """A step (…, d_out, d_in) as parts (…, k, d_out/k, d_in) where its output's side has k."""
-    on_output = sides.output
-    if isinstance(on_output, Blocks) and not on_output.padding:
-        step = step.unflatten(-2, (on_output.count, on_output.size))
-    return step
 
 
 def _in_rounds(X: Tensor) -> Tensor:
@@ -242,6 +218,11 @@ def _in_rounds(X: Tensor) -> Tensor:
 
 def _wide(step: Tensor) -> Tensor:
     return step if step.shape[-2] <= step.shape[-1] else step.mT
+
+
+def _wide_weights(step: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    is_wide = step.shape[-2] <= step.shape[-1]
+    return weights if is_wide else [one.mT for one in reversed(weights)]
 
 
 def _turned(

@@ -326,6 +326,14 @@ def kronecker_apply(B: Tensor, A: Tensor, G: Tensor, sides: Sides = PLAIN) -> Te
     return sides.output.left(B, sides.input.right(G, A))
 
 
+def in_parts(step: Tensor, sides: Sides) -> Tensor:
+    """A step (…, d_out, d_in) as parts (…, k, d_out/k, d_in) where its output's side has k."""
+    on_output = sides.output
+    if isinstance(on_output, Blocks) and not on_output.padding:
+        step = step.unflatten(-2, (on_output.count, on_output.size))
+    return step
+
+
 def side_of(d: int, other: int, largest: int) -> Structure:
     """The structure of a side of d, when the layer's other side has `other` entries.
 
