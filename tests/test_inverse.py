@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kronewton import KFAC, curvature, inverse
-from kronewton.curvature import due, due_in_turn
+from kronewton.curvature import SELDOM, due, due_in_turn, turn_of
 from kronewton.errors import NotPositiveDefinite
 from kronewton.inverse import EigenInverse, balance, eigen_basis, factored_inverse
 
@@ -225,7 +225,13 @@ def test_lapack_that_gives_up_in_float32_changes_nothing_but_rounding(basis, mon
 
 def test_due_at_the_powers_of_two_and_then_every_so_many_steps():
     assert [s for s in range(45) if due(s, 20)] == [0, 1, 2, 4, 8, 16, 20, 40]
+    assert [s for s in range(45) if due(s, 20, SELDOM)] == [0, 1, 4, 16, 20, 40]
     assert all(due(s, 1) for s in range(5))
+
+
+def test_renewals_have_their_places_one_after_the_other():
+    assert [turn_of(s, 20) for s in range(45) if due(s, 20, SELDOM)] == [0, 1, 2, 3, 1, 2]
+    assert [turn_of(s, 4) for s in range(21) if due(s, 4)] == [0, 1, 1, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(("layers", "every"), [(3, 20), (7, 5), (5, 5), (1, 3), (4, 1)])

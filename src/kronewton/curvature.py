@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kronewton.drift import SMALL, pays, price, renewed
+from kronewton.drift import AT_LEAST, SMALL, pays, price, renewed
 from kronewton.errors import NotPositiveDefinite
 from kronewton.factors import (
     Factors,
@@ -52,17 +52,28 @@ ENTRIES_DECAY = 0.95  # of running squares of gradients, at least
 RESTLESS_MEMORY = 20  # sides
 GROWN = 2.0  # times what they were: factors that are damaged
 LEAST = 1e-10  # of the scale over the largest that there was
+OFTEN, SELDOM = 2, 4  # curvature is renewed at the powers of this in the first steps, by its price
+DEAR = 4.0  # runs of the model on a batch: renewals that cost more are seldom
 
 
-def due(step: int, every: int) -> bool:
-    """Every so many steps, and at powers of two before: averages of a few steps change fast."""
-    return step % every == 0 or (step < every and step & (step - 1) == 0)
+def due(step: int, every: int, power: int = OFTEN) -> bool:
+    """Every so many steps, and at powers of a number before: averages of a few change fast."""
+    if step % every == 0 or step > every:
+        return step % every == 0
+    while step % power == 0:
+        step //= power
+    return step == 1
 
 
-def due_in_turn(step: int, every: int, names: Sequence[str]) -> set[str]:
+def turn_of(step: int, every: int) -> int:
+    """The place of a renewal among them all, or about that while they follow fast."""
+    return step // every if step >= every else (step.bit_length() + 1) // 2
+
+
+def due_in_turn(step: int, every: int, names: Sequence[str], power: int = OFTEN) -> set[str]:
     """The layers whose inverse is due: all at the start, then each in its own turn."""
     if step < every:
-        return set(names) if due(step, every) else set()
+        return set(names) if due(step, every, power) else set()
     # Spread over the steps: all inversions in one step make it many times the median.
     return {n for i, n in enumerate(names) if (step + i * every // len(names)) % every == 0}
 
@@ -97,7 +108,7 @@ class Curvature:
         self.dropped = 0  # batches of a layer that were not finite, or that found factors damaged
         self.restless = 1.0  # running share of the sides whose basis had drifted when it was due
         self.failed = 0  # inversions that failed, the last good one being kept
-        self._price = math.nan  # of all bases; NaN: not known for what was seen last
+        self._prices: tuple[float, float] | None = None  # None: not known for what was seen last
 
     def terms(self, name: str) -> list[str]:
         """The terms of a layer's block that are known; entries only where there is nothing else."""
@@ -141,7 +152,7 @@ class Curvature:
         begin afresh with this one: every step would be next to nothing for as long as they are
         remembered. Whether there were such is returned.
         """
-        self._sound, self._price = (self.scale, self.largest), math.nan
+        self._sound, self._prices = (self.scale, self.largest), None
         if not observations:
             return False
         before, learnt = self._traces(), {}
@@ -200,7 +211,7 @@ class Curvature:
 
     def _let_go(self, terms: Collection[str]) -> None:
         """Let go of terms whose factors are damaged, and of inverses that are made from these."""
-        self._price = math.nan
+        self._prices = None
         for term in terms:
             self.factors.pop(term, None)
             self._batch.pop(term, None)
@@ -274,7 +285,7 @@ class Curvature:
     def start_afresh(self, basis: str | None = None) -> None:
         """Let go of all that is known, and go on in a basis."""
         self.factors, self.chosen, self._last_traces = {}, {}, {}
-        self._price = math.nan
+        self._prices = None
         self.change_basis(self.basis if basis is None else basis)
         self.scale = self.largest = 0.0
 
@@ -395,7 +406,7 @@ class Curvature:
         old = self._eigen(name)
         work = self._work(name)
         # A column of scales and shifts is too little to be turned at the other layers' expense.
-        most = self._price_of_all() if min(one.Q.shape[-1], one.P.shape[-1]) > 1 else math.inf
+        most = self._prices_of_all()[0] if min(one.Q.shape[-1], one.P.shape[-1]) > 1 else math.inf
         worth = [pays(price(M, work), most, *turn) for M in (one.Q, one.P)]
         new = renewed(one, old, name, worth)
         if old is not None:
@@ -411,15 +422,21 @@ class Curvature:
         """Multiplications in a layer for a batch, forward and backward."""
         return 3 * self.rows.get(name, 0) * self.factors[self.terms(name)[0]].size
 
-    def _price_of_all(self) -> float:
-        """What all layers' bases cost together, in runs of the model on a batch."""
-        if math.isnan(self._price):
+    @property
+    def power(self) -> int:
+        """At the powers of which number bases and their factors are renewed in the first steps."""
+        return SELDOM if self._prices_of_all()[1] > DEAR else OFTEN
+
+    def _prices_of_all(self) -> tuple[float, float]:
+        """What all bases cost, and with their factors, in runs of the model on a batch."""
+        if self._prices is None:
             known = [self.factors[self.terms(name)[0]] for name in self.known]
             work = sum(map(self._work, self.known))
             sides = [s for f in known for s in zip((f.A, f.B), f.sides, strict=True)]
             # A side's own axes are no basis to be found.
-            self._price = sum(price(m.total, work) for m, side in sides if side != DIAGONAL)
-        return self._price
+            bases = sum(price(m.total, work) for m, side in sides if side != DIAGONAL)
+            self._prices = bases, bases + AT_LEAST * len(known) / max(1, work)
+        return self._prices
 
     def _own_sides(self, term: str) -> Sides:
         """How a term's factors are stored, on the sides of the layer's own matrix."""

@@ -27,6 +27,7 @@ ASKED = 16  # from this side of outputs on, whether its own axes are as good
 FLOOR = 1e-4  # of the mean eigenvalue: below it correlations mean nothing
 TINY = 1e-30
 EIGEN = 4  # products of d×d matrices, that an eigendecomposition costs as much as
+AT_LEAST = 2e7  # multiplications, in whose time a layer is renewed however small it is
 EARLY = 40  # runs that bases may cost in the first steps, the later of them the less
 RAREST = 50  # dues of a basis, of which one at least is heard
 PAYS = 3  # runs that are to cost as much as the new basis in one of them

@@ -30,7 +30,7 @@ ROUNDS = 3  # of it: a value below a 25th of the length stays below the others
 WIDE = 2  # times the shorter side: from about there products of the shorter one alone are cheaper
 TOGETHER = 2**24  # numbers in matrices that are orthogonalised in one product
 PAYS = 1.0  # runs of a layer on a batch, that its rounds may cost
-LEAST_SIDE = 8  # smaller ones have little that could be flattened
+LEAST_SIDE = 16  # smaller ones, as of ten classes, have little that could be flattened
 
 
 class Moments:

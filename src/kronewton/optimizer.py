@@ -24,7 +24,7 @@ from kronewton.concerns import (
     require_curved,
 )
 from kronewton.coverage import Coverage
-from kronewton.curvature import due, due_in_turn
+from kronewton.curvature import due, due_in_turn, turn_of
 from kronewton.errors import ModelError
 from kronewton.fallback import Fallback
 from kronewton.groups import Groups
@@ -295,7 +295,8 @@ class KFAC(Optimizer):
         inverse_every = planner.intervals()[1]
         age = planner.age(self._steps)
         if not changed:  # or they are new, or still to be made, anyway
-            names = names or due_in_turn(age, inverse_every, list(self._curvature.layers))
+            layers = list(self._curvature.layers)
+            names = names or due_in_turn(age, inverse_every, layers, planner.power())
         plan, made = None, False
         if not planner.searching:
             damping = 0.0 if planner.settings is None else planner.settings.inverse_damping
@@ -329,7 +330,7 @@ class KFAC(Optimizer):
 
     def _captures(self, planner: Planner) -> bool:
         """Whether factors are due in the step that comes next."""
-        return due(planner.age(self._steps), planner.intervals()[0])
+        return due(planner.age(self._steps), planner.intervals()[0], planner.power())
 
     def _waits(self, planner: Planner) -> bool:
         """Whether factors that are due can be made when the batch is there."""
@@ -342,7 +343,7 @@ class KFAC(Optimizer):
 
     def _learn(self, watcher: Watcher, planner: Planner, parts: Sequence[Part]) -> None:
         """Renew the factors by what was captured, or is now sampled from the step's batch."""
-        rows, turn = self._rows(planner), self._steps // planner.intervals()[0]
+        rows, turn = self._rows(planner), turn_of(self._steps, planner.intervals()[0])
         if rows is not None and self._captures(planner) and not watcher.capturing:
             known, terms = self._curvature.most_rows, self._curvature.trained_terms
             if self._sampler.sample(parts, rows, known, turn, terms):

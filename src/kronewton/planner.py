@@ -35,7 +35,7 @@ from kronewton.batches import (
     same_loss,
     weight_of,
 )
-from kronewton.curvature import Curvature, due
+from kronewton.curvature import OFTEN, Curvature, due
 from kronewton.errors import NotPositiveDefinite
 from kronewton.normalised import FIRST_DECAY
 from kronewton.options import AUTO, MOST, NORMALISED, ORTHOGONAL, Options
@@ -59,6 +59,7 @@ DAMPING = 10.0  # over the curvature's mean eigenvalue, likewise
 DECREASE = 1e-3  # g'(B ⊗ A + λI)⁻¹g of a step over the loss (over 1 if unknown), at most
 RENEWALS = {  # steps between renewals of factors and of inverses, by what is known of the noise
     "early": (4, 20),  # a second moment is only as good as the basis that it is taken in
+    "dear": (20, 20),  # the same where that takes longer than the steps in between
     "normalised": (8, 20),
     "noise": (10, 40),  # averages have to run over many batches anyway
     "unknown": (5, 20),
@@ -158,6 +159,10 @@ class Planner:
         )
         return factors, inverses
 
+    def power(self) -> int:
+        """At the powers of which number both are renewed in the first steps."""
+        return self.curvature.power if self.normalising else OFTEN
+
     def age(self, step: int) -> int:
         """Steps of the kind that is made now, which renewals go by: a new kind starts afresh."""
         return self.pace.steps if self.normalising else step
@@ -184,8 +189,10 @@ class Planner:
 
     def _known(self) -> str:
         """What is known of the noise: a key of RENEWALS."""
+        if self.normalising and self.pace.steps < EARLY:
+            return "early" if self.curvature.power == OFTEN else "dear"
         if self.normalising:
-            return "normalised" if self.pace.steps >= EARLY else "early"
+            return "normalised"
         if self.settings is not None and self.rule.averaging(self.settings) > 0:
             return "noise"
         if self.settings is None or self.noise is None or self.options.damping != AUTO:
