@@ -277,3 +277,19 @@ class Widened(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.float()
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(64, [0, 1, 4, 16]), (8192, [0, 1, 2, 4, 8, 12, 16])])
+def test_the_first_renewals_are_seldom_where_they_take_longer_than_the_steps_between(rows, steps):
+    torch.manual_seed(0)
+    model, criterion = nn.Sequential(nn.Linear(20, 20), nn.Tanh()), nn.MSELoss()
+    optimizer, found = kn.KFAC(model, criterion, basis="adam"), []
+    for step in range(18):
+        before = [float(f.A.count) for f in optimizer._curvature.factors.values()]
+        x = torch.randn(rows, 20)
+        optimizer.zero_grad()
+        criterion(model(x), x.tanh()).backward()
+        optimizer.step()
+        if before != [float(f.A.count) for f in optimizer._curvature.factors.values()]:
+            found.append(step)
+    assert found == steps

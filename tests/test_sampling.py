@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -108,6 +109,12 @@ class Training:
 
 def factors(training: Training) -> dict[str, list[Tensor]]:
     return {term: [f.A.mean, f.B.mean] for term, f in training.optimizer._curvature.factors.items()}
+
+
+@pytest.fixture(autouse=True)
+def every_fourth_step(monkeypatch):
+    """Renewals as on a network where they are cheap."""
+    monkeypatch.setattr("kronewton.curvature.DEAR", math.inf)
 
 
 @pytest.fixture

@@ -529,6 +529,7 @@ class Curvature:
 
     def load(self, name: str, kept: Mapping[str, Tensor]) -> None:
         """Restore what `tensors` gave."""
+        self._prices = None
         for how in HOW:
             term = name + how
             if f"reduced{how}" in kept:
