@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from kronewton import KFAC, curvature, inverse
-from kronewton.curvature import SELDOM, due, due_in_turn, turn_of
 from kronewton.errors import NotPositiveDefinite
 from kronewton.inverse import EigenInverse, balance, eigen_basis, factored_inverse
+from kronewton.renewals import SELDOM, due, due_in_turn, turn_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 

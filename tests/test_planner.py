@@ -11,16 +11,9 @@ from torch import nn
 import kronewton as kn
 from kronewton.adapt import Pace, Settings
 from kronewton.plan import Plan
-from kronewton.planner import (
-    CALM_RENEWALS,
-    DECAY,
-    EARLY,
-    QUIET_DECAY,
-    RAISE,
-    RENEWALS,
-    Planner,
-)
+from kronewton.planner import EARLY, RAISE, Planner
 from kronewton.quadratic import flattened
+from kronewton.renewals import CALM_RENEWALS, DECAY, QUIET_DECAY, RENEWALS
 
 pytestmark = pytest.mark.usefixtures("float64")
 

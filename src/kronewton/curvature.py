@@ -45,6 +45,7 @@ from kronewton.pair import (
     oriented,
     pair_inverse,
 )
+from kronewton.renewals import OFTEN, SELDOM
 from kronewton.structure import DENSE, DIAGONAL, Blocks, Sides, Structure, side_of
 
 HOW = ("", TURNED, ENTRIES)  # a layer's matrix can be seen
@@ -52,30 +53,7 @@ ENTRIES_DECAY = 0.95  # of running squares of gradients, at least
 RESTLESS_MEMORY = 20  # sides
 GROWN = 2.0  # times what they were: factors that are damaged
 LEAST = 1e-10  # of the scale over the largest that there was
-OFTEN, SELDOM = 2, 4  # curvature is renewed at the powers of this in the first steps, by its price
 DEAR = 4.0  # runs of the model on a batch: renewals that cost more are seldom
-
-
-def due(step: int, every: int, power: int = OFTEN) -> bool:
-    """Every so many steps, and at powers of a number before: averages of a few change fast."""
-    if step % every == 0 or step > every:
-        return step % every == 0
-    while step % power == 0:
-        step //= power
-    return step == 1
-
-
-def turn_of(step: int, every: int) -> int:
-    """The place of a renewal among them all, or about that while they follow fast."""
-    return step // every if step >= every else (step.bit_length() + 1) // 2
-
-
-def due_in_turn(step: int, every: int, names: Sequence[str], power: int = OFTEN) -> set[str]:
-    """The layers whose inverse is due: all at the start, then each in its own turn."""
-    if step < every:
-        return set(names) if due(step, every, power) else set()
-    # Spread over the steps: all inversions in one step make it many times the median.
-    return {n for i, n in enumerate(names) if (step + i * every // len(names)) % every == 0}
 
 
 class Curvature:

@@ -24,7 +24,6 @@ from kronewton.concerns import (
     require_curved,
 )
 from kronewton.coverage import Coverage
-from kronewton.curvature import due, due_in_turn, turn_of
 from kronewton.errors import ModelError
 from kronewton.fallback import Fallback
 from kronewton.groups import Groups
@@ -43,6 +42,7 @@ from kronewton.part import Part
 from kronewton.plan import Plan, Steering
 from kronewton.planner import Planner
 from kronewton.quadratic import flattened
+from kronewton.renewals import due, due_in_turn, turn_of
 from kronewton.replay import Replayer, require_no_graph
 from kronewton.sampling import Sampler
 from kronewton.saving import Saved

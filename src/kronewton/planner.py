@@ -35,7 +35,7 @@ from kronewton.batches import (
     same_loss,
     weight_of,
 )
-from kronewton.curvature import OFTEN, Curvature, due
+from kronewton.curvature import Curvature
 from kronewton.errors import NotPositiveDefinite
 from kronewton.normalised import FIRST_DECAY
 from kronewton.options import AUTO, MOST, NORMALISED, ORTHOGONAL, Options
@@ -51,24 +51,13 @@ from kronewton.quadratic import (
     flattened,
     unflattened,
 )
+from kronewton.renewals import OFTEN, ROWS, decay, due, intervals
 from kronewton.replay import Replayer
 
 MOST_MOMENTUM = 0.9  # of an automatic momentum beside a learning rate that is given
 MOMENTUM = 0.5  # where no quadratic model chooses it
 DAMPING = 10.0  # over the curvature's mean eigenvalue, likewise
 DECREASE = 1e-3  # g'(B ⊗ A + λI)⁻¹g of a step over the loss (over 1 if unknown), at most
-RENEWALS = {  # steps between renewals of factors and of inverses, by what is known of the noise
-    "early": (4, 20),  # a second moment is only as good as the basis that it is taken in
-    "dear": (20, 20),  # the same where that takes longer than the steps in between
-    "normalised": (8, 20),
-    "noise": (10, 40),  # averages have to run over many batches anyway
-    "unknown": (5, 20),
-    "none": (2, 10),
-    "refined": (1, 4),  # no noise, and a step that costs several products deserves fresh factors
-}
-ROWS = 256  # of a layer, that are enough of a batch where factors run over many
-CALM, CALM_RENEWALS = 0.5, (16, 20)  # below this share of sides whose basis had drifted, measured
-DECAY, QUIET_DECAY = 0.95, 0.5  # of running factors, where averages make up for noise and not
 TRIAL_EVERY, NOISY_TRIAL_EVERY = 5, 20  # steps between trials of γ, which cost inversions
 ADAPT_EVERY = 5  # steps between decisions on λ, which cost a forward pass
 REFINED_DROP = 0.5  # of λ a step, where the model is all but solved in every one
@@ -149,15 +138,8 @@ class Planner:
 
     def intervals(self) -> tuple[int, int]:
         """Steps between renewals of the factors and of the inverses."""
-        found = self._known()
-        automatic = RENEWALS["refined" if found == "none" and self.options.refine else found]
-        if self.normalising and self.curvature.restless < CALM:
-            automatic = CALM_RENEWALS
-        given = self.options.factor_every, self.options.inverse_every
-        factors, inverses = (
-            a if isinstance(g, str) else g for a, g in zip(automatic, given, strict=True)
-        )
-        return factors, inverses
+        restless = self.curvature.restless if self.normalising else 1.0
+        return intervals(self._known(), restless, self.options)
 
     def power(self) -> int:
         """At the powers of which number both are renewed in the first steps."""
@@ -169,14 +151,7 @@ class Planner:
 
     def decay(self) -> float:
         """The weight of the running factors against one new batch."""
-        if not isinstance(self.options.factor_decay, str):
-            return self.options.factor_decay
-        # Without noise this batch is all there is, and where the weights were is in the way.
-        quiet = 0.0 if self.options.refine else QUIET_DECAY
-        known = self._known()
-        if known == "normalised" and isinstance(self.options.factor_every, str):
-            return DECAY**2  # twice as far apart, and as long a memory
-        return quiet if known == "none" else DECAY
+        return decay(self._known(), self.options)
 
     def rows(self) -> int | None:
         """How many rows of a layer are enough for its factors; None: all that there are."""

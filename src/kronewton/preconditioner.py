@@ -14,12 +14,12 @@ from kronewton.batches import loss_of, weight_of
 from kronewton.capture import Watcher
 from kronewton.concerns import NO_CURVATURE, NOT_FINITE, Owner
 from kronewton.coverage import Coverage
-from kronewton.curvature import due, due_in_turn
 from kronewton.errors import ModelError, OptionError
 from kronewton.layers.base import at_least_float32
 from kronewton.linalg import all_finite
 from kronewton.options import AUTO, LARGEST_SIDE, PreconditionerOptions, check_criteria
 from kronewton.part import Part
+from kronewton.renewals import due, due_in_turn
 from kronewton.replay import require_no_graph
 from kronewton.state import PRECONDITIONER_VERSION, require_preconditioners
 from kronewton.watched import Watched
