@@ -173,6 +173,18 @@ def test_a_fault_in_what_is_kept(where, what, at, basis):
 # What is done about it.
 
 
+@pytest.mark.parametrize("at", [1, 2])  # where the next step renews the basis, corrected by it
+def test_a_basis_that_is_lost_as_it_is_renewed_is_said_and_leaves_no_layer_where_it_is(at):
+    task = Task(False, basis="corrected")
+    task.good(at)
+    disturb(task, "inverse", FAULTS["nan"])
+    with pytest.warns(KronewtonWarning, match="a step was skipped"):
+        task.good(1)
+    before = [p.detach().clone() for p in task.model.parameters()]
+    task.good(2)
+    assert not any(map(torch.equal, before, task.model.parameters()))
+
+
 @pytest.mark.parametrize("basis", [*EVERY, "auto"])
 @pytest.mark.parametrize("times", [1e2, 1e8, 1e25])
 def test_factors_that_have_grown_by_themselves_are_made_anew(times, basis):

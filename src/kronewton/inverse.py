@@ -115,7 +115,8 @@ def divided(rotated: Tensor, s: Tensor, damping: float) -> Tensor:
     # A direction without curvature and without damping is left alone: the pseudo-inverse.
     scale = s + damping
     floor = torch.finfo(scale.dtype).eps * scale.max() if damping == 0 else 0.0
-    return torch.where(scale > floor, rotated / scale, torch.zeros_like(rotated))
+    # What is NaN is not: it must be seen, and not leave a layer where it is.
+    return torch.where(scale <= floor, torch.zeros_like(rotated), rotated / scale)
 
 
 def factored_inverse(
