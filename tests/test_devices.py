@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import kronewton as kn
+from kronewton import drift
 from zoo import ZOO, Entry, Trained, train
 
 DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -42,8 +43,9 @@ def net(norm: bool = False) -> nn.Sequential:
 
 
 def batches(n: int) -> list[tuple[Tensor, Tensor]]:
+    """More examples than the head has inputs: between those of none a basis may be any."""
     torch.manual_seed(4)
-    return [(torch.randn(12, 1, 3, 3), torch.randint(5, (12,))) for _ in range(n)]
+    return [(torch.randn(64, 1, 3, 3), torch.randint(5, (64,))) for _ in range(n)]
 
 
 def run(device, steps: int, **options):
@@ -57,6 +59,13 @@ def run(device, steps: int, **options):
     return nn.utils.parameters_to_vector(model.parameters()).detach().cpu(), optimizer, model
 
 
+@pytest.fixture
+def alike(monkeypatch):
+    """Bases of normalised steps are found by products on every device, and not on GPUs alone."""
+    monkeypatch.setattr(drift, "by_products", lambda M: True)
+
+
+@pytest.mark.usefixtures("alike")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_same_steps_as_on_the_cpu(options):
     ours, optimizer, _ = run(DEVICE, 8, **options)
@@ -66,6 +75,14 @@ def test_the_same_steps_as_on_the_cpu(options):
         assert all(t.device == p.device for t in kept.values() if t.dim())
 
 
+def test_normalised_steps_take_no_eigendecomposition(monkeypatch):
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    weights, optimizer, _ = run(DEVICE, 8)
+    assert weights.isfinite().all()
+    assert not optimizer.diagnostics()["failed_inversions"]
+
+
+@pytest.mark.usefixtures("alike")
 @pytest.mark.parametrize("options", [{}, PINNED, {"basis": "adam"}], ids=str)
 def test_a_state_goes_from_one_device_to_the_other(options):
     _, optimizer, model = run(DEVICE, 4, **options)

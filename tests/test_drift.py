@@ -9,8 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kronewton import KFAC
-from kronewton.drift import ASKED, INDEPENDENT, SMALL, TOLERATED, drift, pays, price, renewed
+from kronewton import KFAC, structure
+from kronewton.drift import (
+    ASKED,
+    INDEPENDENT,
+    SMALL,
+    TOLERATED,
+    Renewal,
+    drift,
+    find_by_products,
+    pays,
+    price,
+    renewed,
+)
 from kronewton.errors import NotPositiveDefinite
 from kronewton.inverse import eigen_basis
 from kronewton.pair import Product
@@ -68,6 +79,75 @@ def test_each_side_is_renewed_only_where_it_has_drifted():
     assert again.U_A is old.U_A
     assert again.U_B is old.U_B
     torch.testing.assert_close(again.s, 2 * old.s)
+
+
+@pytest.mark.parametrize("stored", [DENSE, Blocks(16, LARGE), Blocks(24, LARGE)])
+def test_where_eigendecompositions_are_dear_bases_are_found_by_products(stored, monkeypatch):
+    sides = Sides(input=stored, output=DENSE)
+    first, second = (
+        Product(correlated(LARGE + 4, seed), stored.of_dense(correlated(LARGE, seed)), sides)
+        for seed in (0, 5)
+    )
+    monkeypatch.setattr("kronewton.drift.by_products", lambda M: True)
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    old = renewed(first, None, "layer")
+    new = renewed(second, old, "layer")
+    assert new.U_A is not old.U_A
+    assert new.U_B is not old.U_B
+    for one, basis in ((first, old), (second, new)):
+        s_A, s_B = basis.spectra
+        s_A = s_A * stored.trace(one.Q).sum() / s_A.sum()
+        assert float(drift(stored, one.Q, basis.U_A, s_A)) < TOLERATED
+        assert float(drift(DENSE, one.P, basis.U_B, s_B / s_B.sum() * one.P.trace())) < TOLERATED
+        unit = torch.eye(LARGE)
+        whole = stored.dense(basis.U_A)
+        torch.testing.assert_close(whole.T @ whole, unit, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("together", [2**22, 2 * LARGE**2, 1])
+def test_bases_of_one_shape_are_found_together_and_each_as_if_alone(together, monkeypatch):
+    monkeypatch.setattr("kronewton.drift.by_products", lambda M: True)
+    first = [product(seed) for seed in range(3)]
+    alone = [renewed(one, None, "layer") for one in first]
+    bad = Product(torch.full((LARGE, LARGE), math.nan), correlated(LARGE + 1, 0), Sides())
+    asked, real = [], structure.iterated_eigen
+
+    def counted(M: Tensor, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        asked.append(M.shape)
+        return real(M, near)
+
+    monkeypatch.setattr(structure, "iterated_eigen", counted)
+    monkeypatch.setattr("kronewton.drift.TOGETHER", together)
+    renewals = [Renewal(one, None, "layer") for one in (first[0], bad, *first[1:])]
+    find_by_products(renewals)
+    assert len(asked) == {2**22: 2, 2 * LARGE**2: 2 + 4, 1: 8}[together]
+    for one, found in zip(alone, [renewals[0], *renewals[2:]], strict=True):
+        torch.testing.assert_close(found.basis().U_A, one.U_A)
+        torch.testing.assert_close(found.basis().U_B, one.U_B)
+        torch.testing.assert_close(found.basis().s, one.s)
+    with pytest.raises(NotPositiveDefinite, match="gradient factor B of layer 'layer'"):
+        renewals[1].basis()
+
+
+def test_bases_that_there_is_no_memory_for_together_are_found_one_by_one(monkeypatch):
+    def full(M: Tensor, near: Tensor | None) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr("kronewton.drift.by_products", lambda M: True)
+    monkeypatch.setattr(structure, "iterated_eigen", full)
+    one = product()
+    found, exact = renewed(one, None, "layer"), eigen_basis(one.Q, one.P, "layer")
+    assert found.U_A.equal(exact.U_A)
+    assert found.U_B.equal(exact.U_B)
+
+
+def test_a_basis_that_products_do_not_find_is_an_eigendecomposition(monkeypatch):
+    monkeypatch.setattr("kronewton.drift.by_products", lambda M: True)
+    found = renewed(Product(correlated(20, 0), torch.zeros(20, 20), Sides()), None, "layer")
+    torch.testing.assert_close(found.U_A.T @ found.U_A, torch.eye(20))
+    assert not found.s.any()
+    with pytest.raises(NotPositiveDefinite, match="gradient factor B of layer 'layer'"):
+        renewed(Product(torch.full((20, 20), math.nan), correlated(20, 0), Sides()), None, "layer")
 
 
 def test_small_sides_are_always_renewed():

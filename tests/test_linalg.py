@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kronewton import linalg
 from kronewton.errors import NotPositiveDefinite
-from kronewton.linalg import damped_inverse, second_moment, symmetric_eigen
+from kronewton.linalg import damped_inverse, iterated_eigen, second_moment, symmetric_eigen
 from kronewton.structure import kronecker_apply
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -149,6 +149,64 @@ def test_symmetric_eigen_gives_up_with_the_factors_name(monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigh", broken)
     with pytest.raises(NotPositiveDefinite, match="of factor A of 'fc' did not converge"):
         symmetric_eigen(positive(3), "factor A of 'fc'")
+
+
+def graded(d: int, seed: int, dtype: torch.dtype = torch.float32, rank: int | None = None):
+    """A second moment of rows whose variances go from 1 to 1e-6, or that are zero beyond a rank."""
+    generator = torch.Generator().manual_seed(seed)
+    turn = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    s = torch.logspace(0, -6, d, dtype=torch.float64)
+    s[rank or d :] = 0
+    return (turn * s @ turn.T).to(dtype)
+
+
+def correlation(matrix: Tensor, U: Tensor) -> Tensor:
+    """Squared correlations of each coordinate with all others in the basis U, their mean."""
+    turned = (U.mT @ matrix @ U).double()
+    m = turned.diagonal(dim1=-2, dim2=-1)
+    m = m + 1e-4 * m.mean(-1, keepdim=True)
+    shares = turned.square() / m.unsqueeze(-1) / m.unsqueeze(-2)
+    own = shares.diagonal(dim1=-2, dim2=-1)
+    return (shares.sum(-2) - own).mean(-1)
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_iterated_eigen_is_nearly_an_eigenbasis(dtype, rank):
+    matrices = torch.stack([graded(48, seed, dtype, rank) for seed in range(3)])
+    axes = torch.eye(48, dtype=dtype).expand_as(matrices)
+    s, U, sound = iterated_eigen(matrices, None)
+    assert sound.all()
+    assert s.dtype == U.dtype == dtype
+    torch.testing.assert_close(U.mT @ U, axes, rtol=0, atol=1e-5)
+    assert correlation(matrices, axes).min() > 3
+    assert correlation(matrices, U).max() < 0.3
+    torch.testing.assert_close(s, (U.mT @ matrices @ U).diagonal(dim1=-2, dim2=-1).clamp_min(0))
+    later = matrices + 0.1 * torch.stack([graded(48, 9 + seed, dtype, rank) for seed in range(3)])
+    _, V, sound = iterated_eigen(later, U)
+    assert sound.all()
+    assert correlation(later, U).min() > 1
+    assert correlation(later, V).max() < 0.3
+
+
+def test_iterated_eigen_leaves_eigenvectors_and_their_signs_in_place():
+    matrix = positive(12)
+    s, U = symmetric_eigen(matrix, "A")
+    shuffled = U[:, torch.randperm(12)] * torch.tensor([1.0, -1.0]).repeat(6)
+    found, V, _ = iterated_eigen(matrix, shuffled)
+    torch.testing.assert_close(V, shuffled)
+    torch.testing.assert_close(found.sort().values, s)
+
+
+def test_iterated_eigen_says_which_are_sound():
+    matrices = torch.stack([positive(5) for _ in range(5)])
+    near = torch.eye(5).repeat(5, 1, 1)
+    matrices[0, 0, 1] = matrices[0, 1, 0] = float("nan")
+    matrices[1, 0, 0] = float("inf")
+    matrices[2] = 0
+    near[3] = 1
+    assert iterated_eigen(matrices, near)[2].tolist() == [False, False, False, False, True]
+    assert iterated_eigen(matrices, None)[2].tolist() == [False, False, False, True, True]
 
 
 def test_cholesky_that_fails_once_is_retried_in_float64(monkeypatch):

@@ -903,7 +903,7 @@ def test_a_basis_that_cannot_be_found_leaves_adam_in_the_entries(monkeypatch):
     def fails(*args):
         raise NotPositiveDefinite("no basis")
 
-    monkeypatch.setattr("kronewton.curvature.renewed", fails)
+    monkeypatch.setattr("kronewton.drift.Renewal.basis", fails)
     optimizer, _, model, _ = training(5, noisy, basis="adam")
     assert float(optimizer.diagnostics()["failed_inversions"]) > 0
     assert float(optimizer.diagnostics()["step"]) == 5

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kronewton.drift import AT_LEAST, SMALL, pays, price, renewed
+from kronewton.drift import AT_LEAST, SMALL, Renewal, by_products, find_by_products, pays, price
 from kronewton.errors import NotPositiveDefinite
 from kronewton.factors import (
     Factors,
@@ -32,7 +32,7 @@ from kronewton.inverse import (
     factored_inverse,
 )
 from kronewton.layers import ENTRIES, TURNED, Layer
-from kronewton.linalg import all_finite, ran_out_of_memory
+from kronewton.linalg import all_finite, memory_for
 from kronewton.normalised import Moments, in_curvature, normalised, restored
 from kronewton.options import NORMALISED, ORTHOGONAL
 from kronewton.pair import (
@@ -130,9 +130,10 @@ class Curvature:
         begin afresh with this one: every step would be next to nothing for as long as they are
         remembered. Whether there were such is returned.
         """
-        self._sound, self._prices = (self.scale, self.largest), None
+        self._sound = self.scale, self.largest
         if not observations:
             return False
+        self._prices = None
         before, learnt = self._traces(), {}
         self.rows.update(dict.fromkeys(map(layer_of, observations), 0))
         for term, found in observations.items():
@@ -303,15 +304,45 @@ class Curvature:
         An inversion that fails leaves the last good inverse in place and is counted; without one
         NotPositiveDefinite is raised, but for normalised steps, which need no basis.
         """
-        for name in self.known:
-            if name in names or not self._up_to_date(name):
-                try:
-                    with _memory_for(name):
-                        self._refresh_layer(name, damping, turn)
-                except NotPositiveDefinite:
-                    self.failed += 1
-                    if name not in self.inverses and self.basis not in NORMALISED:
-                        raise
+        asked = [name for name in self.known if name in names or not self._up_to_date(name)]
+        if self.basis in NORMALISED:
+            # Together where that is faster; it takes the memory of all.
+            faster = any(by_products(self.factors[self.terms(name)[0]].A.total) for name in asked)
+            for some in [asked] if faster else [[name] for name in asked]:
+                self._renew(some, turn)
+            return
+        for name in asked:
+            with self._counting(name):
+                self._refresh_layer(name, damping)
+
+    @contextmanager
+    def _counting(self, name: str) -> Iterator[None]:
+        """What fails inside is counted, and raised where there is nothing to go on with."""
+        try:
+            with memory_for(name):
+                yield
+        except NotPositiveDefinite:
+            self.failed += 1
+            if name not in self.inverses and self.basis not in NORMALISED:
+                raise
+
+    def _renew(self, names: Sequence[str], turn: tuple[int, int]) -> None:
+        """Renew the bases of normalised steps."""
+        renewals = {}
+        for name in names:
+            with self._counting(name):
+                renewals[name] = self._renewal(name, turn)
+        find_by_products(renewals.values())
+        for name, renewal in renewals.items():
+            with self._counting(name):
+                old, new = self._eigen(name), renewal.basis()
+                if name in self.moments and self.moments[name].m.shape != new.s.shape:
+                    del self.moments[name]  # its rows can be seen now: its entries had no basis
+                if name in self.moments:
+                    self.moments[name].turn_(old, new)
+                self.inverses[name] = new
+                if old is not None:
+                    self._hear(old, new, renewal.worth)
 
     def _up_to_date(self, name: str) -> bool:
         """Whether a layer has an inverse, and of all its terms."""
@@ -320,16 +351,8 @@ class Curvature:
         pair = isinstance(self.inverses.get(name), (PairInverse, ExactPairInverse))
         return name in self.inverses and pair == (len(self.terms(name)) == 2)
 
-    def _refresh_layer(self, name: str, damping: float, turn: tuple[int, int]) -> None:
+    def _refresh_layer(self, name: str, damping: float) -> None:
         terms = self.terms(name)
-        if self.basis in NORMALISED:
-            new = self._common_basis(name, turn)
-            if name in self.moments and self.moments[name].m.shape != new.s.shape:
-                del self.moments[name]  # its rows can be seen now: its entries had no basis
-            if name in self.moments:
-                self.moments[name].turn_(self._eigen(name), new)
-            self.inverses[name] = new
-            return
         if self.basis == "factored" or len(terms) == 2:
             self.inverses[name] = self._damped(name, damping)
             return
@@ -377,24 +400,24 @@ class Curvature:
             for t, f in found
         ]
 
-    def _common_basis(self, name: str, turn: tuple[int, int]) -> EigenInverse:
-        """One eigenbasis for all terms of a layer, on the sides of its own matrix."""
+    def _renewal(self, name: str, turn: tuple[int, int]) -> Renewal:
+        """Of one eigenbasis for all terms of a layer, on the sides of its own matrix."""
         products = self._products(name)
         one = of_both(products[0], products[1]) if len(products) == 2 else products[0]
-        old = self._eigen(name)
         work = self._work(name)
         # A column of scales and shifts is too little to be turned at the other layers' expense.
         most = self._prices_of_all()[0] if min(one.Q.shape[-1], one.P.shape[-1]) > 1 else math.inf
         worth = [pays(price(M, work), most, *turn) for M in (one.Q, one.P)]
-        new = renewed(one, old, name, worth)
-        if old is not None:
-            d_out, d_in = new.s.shape[-2:]
-            sides = ((d_in, old.U_A, new.U_A, worth[0]), (d_out, old.U_B, new.U_B, worth[1]))
-            for d, before, now, asked in sides:
-                if asked and d > SMALL and now.numel():
-                    drifted = float(now is not before)
-                    self.restless += (drifted - self.restless) / RESTLESS_MEMORY
-        return new
+        return Renewal(one, self._eigen(name), name, worth)
+
+    def _hear(self, old: EigenInverse, new: EigenInverse, worth: Sequence[bool]) -> None:
+        """Whether the bases had drifted that it was worth asking of."""
+        d_out, d_in = new.s.shape[-2:]
+        sides = ((d_in, old.U_A, new.U_A, worth[0]), (d_out, old.U_B, new.U_B, worth[1]))
+        for d, before, now, asked in sides:
+            if asked and d > SMALL and now.numel():
+                drifted = float(now is not before)
+                self.restless += (drifted - self.restless) / RESTLESS_MEMORY
 
     def _work(self, name: str) -> int:
         """Multiplications in a layer for a batch, forward and backward."""
@@ -462,7 +485,7 @@ class Curvature:
             return self.inverses  # applied with whatever damping is asked for
         found = {}
         for name in self.inverses:
-            with _memory_for(name):
+            with memory_for(name):
                 found[name] = self._damped(name, damping)
         return found
 
@@ -566,20 +589,6 @@ def _of_basis(U: Tensor, d: int, side: Structure, dims: int) -> Structure:
     if U.numel() == 0:
         return DIAGONAL  # the side's own axes, which take no tensor
     return Blocks(U.shape[-1], d) if side == DENSE and U.dim() > dims else side
-
-
-@contextmanager
-def _memory_for(name: str) -> Iterator[None]:
-    """Memory that runs out inside is an inversion that failed like any other."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not ran_out_of_memory(error):
-            raise
-        raise NotPositiveDefinite(
-            f"there was not enough memory to invert the factors of layer '{name}'; give it a lower "
-            f"largest_side, largest_side={{'{name}': 1024}}, or make the batch smaller."
-        ) from error
 
 
 def layer_of(term: str) -> str:

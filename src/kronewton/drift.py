@@ -7,13 +7,14 @@ have become in it, which a few columns show for a small part of an eigendecompos
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kronewton.inverse import EigenInverse
-from kronewton.linalg import finite
+from kronewton.linalg import finite, ran_out_of_memory
 from kronewton.pair import Product
 from kronewton.structure import DENSE, DIAGONAL, Blocks, Sides, Structure, fused
 
@@ -26,6 +27,7 @@ SMALL = 64  # up to this side an eigendecomposition costs no more than asking wh
 ASKED = 16  # from this side of outputs on, whether its own axes are as good
 FLOOR = 1e-4  # of the mean eigenvalue: below it correlations mean nothing
 TINY = 1e-30
+TOGETHER = 2**22  # numbers in matrices whose eigenvectors are found together
 EIGEN = 4  # products of d×d matrices, that an eigendecomposition costs as much as
 AT_LEAST = 2e7  # multiplications, in whose time a layer is renewed however small it is
 EARLY = 40  # runs that bases may cost in the first steps, the later of them the less
@@ -33,42 +35,116 @@ RAREST = 50  # dues of a basis, of which one at least is heard
 PAYS = 3  # runs that are to cost as much as the new basis in one of them
 
 
-def renewed(
-    product: Product, old: EigenInverse | None, name: str, worth: Sequence[bool] = (True, True)
-) -> EigenInverse:
+@dataclass
+class Side:
+    """The basis of one side: how it is stored, and the matrix whose eigenvectors it is.
+
+    found: its eigenvalues and vectors, where they are known without an eigendecomposition.
+    """
+
+    structure: Structure
+    M: Tensor
+    what: str
+    near: Tensor | None = None  # eigenvectors of an M before, stored likewise
+    found: tuple[Tensor, Tensor] | None = None
+
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues and vectors. Raises NotPositiveDefinite if M is not finite."""
+        return self.structure.eigen(self.M, self.what) if self.found is None else self.found
+
+
+class Renewal:
     """An eigenbasis of P ⊗ Q: of each side the old one while it serves, or the side's own axes.
 
     An output's side that is several of the input's, as of a query, a key and a value that one
     matrix makes, has a basis for each where these have little to do with each other.
 
     worth: whether a new one is worth its price, of the input's side and of the output's.
-    Raises NotPositiveDefinite, naming the layer, if a factor is not finite.
     """
-    of_input = of_output = None
-    if old is not None and old.s.dtype == product.Q.dtype:  # or the model has been cast since
-        of_input = (old.sides.input, old.U_A, old.spectra[0])
-        of_output = (old.sides.output, old.U_B, old.spectra[1])
-    d_out = product.sides.output.diagonal(product.P).shape[-1]
-    d_in = product.sides.input.diagonal(product.Q).shape[-1]
-    on_input, s_A, U_A = _side(
-        product.Q,
-        product.sides.input,
-        None,
-        of_input,
-        f"the input factor A of layer '{name}'",
-        worth[0],
-    )
-    on_output, s_B, U_B = _side(
-        product.P,
-        product.sides.output,
-        fused(d_out, d_in),
-        of_output,
-        f"the gradient factor B of layer '{name}'",
-        worth[1],
-        ASKED,
-    )
-    s = s_B.unsqueeze(-1) * s_A.unsqueeze(-2)
-    return EigenInverse(U_A, U_B, s, Sides(on_input, on_output))
+
+    def __init__(
+        self,
+        product: Product,
+        old: EigenInverse | None,
+        name: str,
+        worth: Sequence[bool] = (True, True),
+    ) -> None:
+        self.worth = worth
+        of_input = of_output = None
+        if old is not None and old.s.dtype == product.Q.dtype:  # or the model has been cast since
+            of_input = (old.sides.input, old.U_A, old.spectra[0])
+            of_output = (old.sides.output, old.U_B, old.spectra[1])
+        d_out = product.sides.output.diagonal(product.P).shape[-1]
+        d_in = product.sides.input.diagonal(product.Q).shape[-1]
+        self.of_input = _side(
+            product.Q,
+            product.sides.input,
+            None,
+            of_input,
+            f"the input factor A of layer '{name}'",
+            worth[0],
+        )
+        self.of_output = _side(
+            product.P,
+            product.sides.output,
+            fused(d_out, d_in),
+            of_output,
+            f"the gradient factor B of layer '{name}'",
+            worth[1],
+            ASKED,
+        )
+
+    def basis(self) -> EigenInverse:
+        """Found now, where it is still to be.
+
+        Raises NotPositiveDefinite, naming the layer, if a factor is not finite.
+        """
+        (s_A, U_A), (s_B, U_B) = self.of_input.eigen(), self.of_output.eigen()
+        s = s_B.unsqueeze(-1) * s_A.unsqueeze(-2)
+        return EigenInverse(U_A, U_B, s, Sides(self.of_input.structure, self.of_output.structure))
+
+
+def renewed(
+    product: Product, old: EigenInverse | None, name: str, worth: Sequence[bool] = (True, True)
+) -> EigenInverse:
+    """The basis of one layer alone."""
+    renewal = Renewal(product, old, name, worth)
+    find_by_products([renewal])
+    return renewal.basis()
+
+
+def find_by_products(renewals: Iterable[Renewal]) -> None:
+    """Find what is still to be found of several bases, where products do it faster.
+
+    Sides of one shape together. What cannot be found so is left to an eigendecomposition.
+    """
+    alike: dict[tuple[Hashable, ...], list[Side]] = {}
+    for side in (s for r in renewals for s in (r.of_input, r.of_output)):
+        if side.found is None and side.structure != DIAGONAL and by_products(side.M):
+            key = side.structure, side.M.shape, side.M.dtype, side.M.device, side.near is None
+            alike.setdefault(key, []).append(side)
+    for same in alike.values():
+        most = max(1, TOGETHER // same[0].M.numel())
+        for some in (same[k : k + most] for k in range(0, len(same), most)):
+            near = [side.near for side in some if side.near is not None]
+            try:
+                s, U, sound = some[0].structure.nearly_eigen(
+                    torch.stack([side.M for side in some]), torch.stack(near) if near else None
+                )
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out_of_memory(error):
+                    raise
+                continue  # one by one they take less
+            for i, good in enumerate(sound.tolist()):  # one wait
+                some[i].found = (s[i], U[i]) if good else None
+
+
+def by_products(M: Tensor) -> bool:
+    """Whether products find a basis sooner than an eigendecomposition.
+
+    On a GPU that takes as long as some two hundred products, and is made for one matrix at a time.
+    """
+    return M.is_cuda
 
 
 def _side(
@@ -79,8 +155,8 @@ def _side(
     what: str,
     worth: bool,
     least: int = SMALL + 1,
-) -> tuple[Structure, Tensor, Tensor]:
-    """How the basis of a side is stored, its eigenvalues and its vectors.
+) -> Side:
+    """How the basis of a side is stored, and what it is where that is known.
 
     parts: that a dense one may have. least: of coordinates, for a dense one's own axes to be asked.
     """
@@ -89,9 +165,10 @@ def _side(
     dense = M.dim() == 2  # and one matrix
     small = 1 < d <= SMALL
     asked = d > SMALL or d == 1 or (dense and d >= least)
+    last = old
     if asked and structure != DIAGONAL and finite(diagonal):
         if d == 1:  # as of a normalisation's inputs
-            return DIAGONAL, diagonal.clone(), M.new_zeros(0)
+            return _axes(M, diagonal, what)
         old, parts = (None, None) if small else (old, parts)
         simplest = None
         if old is not None and (old[0] == structure or (dense and isinstance(old[0], Blocks))):
@@ -102,17 +179,21 @@ def _side(
             kept = M if before == structure else before.of_dense(M)
             serves = simplest in (None, before)
             if not worth or (serves and float(drift(before, kept, U, s)) < TOLERATED):
-                return before, s, U
+                return Side(before, kept, what, found=(s, U))
         if old is not None and old[0] == DIAGONAL and not worth:
             simplest = DIAGONAL
         elif dense and simplest is None:
             simplest = _simplest(M, diagonal, parts)
         if simplest == DIAGONAL:
-            return DIAGONAL, diagonal.clone(), M.new_zeros(0)
+            return _axes(M, diagonal, what)
         if simplest is not None and simplest != structure:
             structure, M = simplest, simplest.of_dense(M)
-    s, U = structure.eigen(M, what)
-    return structure, s, U
+    near = last[1] if last is not None and last[0] == structure else None
+    return Side(structure, M, what, near)
+
+
+def _axes(M: Tensor, diagonal: Tensor, what: str) -> Side:
+    return Side(DIAGONAL, M, what, found=(diagonal.clone(), M.new_zeros(0)))
 
 
 def drift(structure: Structure, M: Tensor, U: Tensor, s: Tensor) -> Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from kronewton.errors import NotPositiveDefinite
 
+LEAST_EIGENVALUE = 1e-4  # of the mean: columns with less are not told apart by iteration
+AFRESH, AGAIN = 4, 2  # rounds from the axes, and from a basis
 JITTERS = (0.0, 1e-9, 1e-7, 1e-5, 1e-3)  # added to the diagonal, relative to its mean
 
 
@@ -35,7 +38,7 @@ def damped_inverse(matrix: Tensor, damping: Tensor | float, name: str) -> Tensor
 
 
 def _careful_inverse(matrix: Tensor, damping: Tensor | float, name: str) -> Tensor:
-    _require_finite(matrix, name)
+    require_finite(matrix, name)
     wide = matrix.double()
     mean = diagonal(wide).mean(-1).abs().clamp_min(torch.finfo(torch.float64).tiny)
     for jitter in JITTERS:
@@ -56,7 +59,7 @@ def symmetric_eigen(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
     Retries in float64 if LAPACK gives up. Raises NotPositiveDefinite, naming the factor, if the
     matrix is not finite or no attempt converges.
     """
-    _require_finite(matrix, name)  # LAPACK may return numbers for a matrix with NaN in it
+    require_finite(matrix, name)  # LAPACK may return numbers for a matrix with NaN in it
     for dtype in (matrix.dtype, torch.float64):
         try:
             s, U = torch.linalg.eigh(matrix.to(dtype))
@@ -70,6 +73,34 @@ def symmetric_eigen(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
         f"the eigendecomposition of {name} did not converge; "
         "use basis='factored' or train this layer in float64."
     )
+
+
+def iterated_eigen(matrix: Tensor, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Nearly what `symmetric_eigen` gives, by products and in no order, and whether it is sound.
+
+    A few rounds of simultaneous iteration on matrices (…, d, d), from the eigenvectors `near` of
+    ones that were much the same, or from the axes; eigenvectors keep their places and signs. Not
+    sound, (…), is one that is not finite, or whose columns are too much alike to be told apart.
+    """
+    wide = matrix.double()  # columns that are nearly alike have a Gram matrix that is singular
+    least = LEAST_EIGENVALUE * diagonal(wide).mean(-1)[..., None, None]
+    axes = torch.eye(matrix.shape[-1], dtype=wide.dtype, device=wide.device)
+    U = axes.expand_as(wide) if near is None else near.double()
+    M_U, sound = wide @ U, torch.ones_like(least[..., 0, 0], dtype=torch.bool)
+    for _ in range(AFRESH if near is None else AGAIN):
+        # The largest first: every column loses what it has of those before it. In float32, so that
+        # rounding does not decide about those without any.
+        size = (U * M_U).sum(-2, keepdim=True) + least
+        order = size.float().argsort(dim=-1, descending=True, stable=True).expand_as(U)
+        P = (M_U + least * U).gather(-1, order)
+        P = P / torch.linalg.vector_norm(P, dim=-2, keepdim=True)
+        L, info = torch.linalg.cholesky_ex(P.mT @ P)
+        made = torch.linalg.solve_triangular(L, P.mT, upper=False).mT
+        U = torch.empty_like(made).scatter_(-1, order, made)
+        M_U, sound = wide @ U, sound & (info == 0)
+    s = (U * M_U).sum(-2).clamp_min(0)
+    sound = sound & (s.sum(-1) + U.sum((-2, -1))).isfinite()
+    return s.to(matrix.dtype), U.to(matrix.dtype), sound
 
 
 def _with_diagonal(matrix: Tensor, value: Tensor | float) -> Tensor:
@@ -102,6 +133,20 @@ def ran_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "memory" in said or "alloc" in said
 
 
+@contextmanager
+def memory_for(name: str) -> Iterator[None]:
+    """Memory that runs out inside is an inversion that failed like any other."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise NotPositiveDefinite(
+            f"there was not enough memory to invert the factors of layer '{name}'; give it a lower "
+            f"largest_side, largest_side={{'{name}': 1024}}, or make the batch smaller."
+        ) from error
+
+
 def longest(tensors: Sequence[Tensor]) -> float:
     """The largest norm of any of the tensors; NaN or infinity if a number is not finite."""
     norms = list(torch._foreach_norm(list(tensors))) if tensors else []
@@ -110,7 +155,8 @@ def longest(tensors: Sequence[Tensor]) -> float:
     return float(torch.stack(norms).max()) if norms else 0.0
 
 
-def _require_finite(matrix: Tensor, name: str) -> None:
+def require_finite(matrix: Tensor, name: str) -> None:
+    """Raise NotPositiveDefinite, naming the factor, if it is not."""
     if not finite(matrix):
         raise NotPositiveDefinite(
             f"{name} holds values that are not finite: the batch, the model's output or a "

@@ -15,7 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kronewton.linalg import damped_inverse, second_moment, symmetric_eigen
+from kronewton.linalg import (
+    damped_inverse,
+    iterated_eigen,
+    require_finite,
+    second_moment,
+    symmetric_eigen,
+)
 from kronewton.linalg import diagonal as diagonal_of
 
 LEAST_BLOCK = 16  # smaller ones say little more than the diagonal, and cost more
@@ -59,6 +65,13 @@ class Structure(ABC):
     @abstractmethod
     def eigen(self, M: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """Eigenvalues (…, d), not below zero, and eigenvectors, stored likewise as columns."""
+
+    @abstractmethod
+    def nearly_eigen(self, M: Tensor, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The same nearly, by products, and whether it is sound, (…).
+
+        near: eigenvectors of an M before, to begin with.
+        """
 
     @abstractmethod
     def left(self, M: Tensor, G: Tensor) -> Tensor:
@@ -137,6 +150,9 @@ class Dense(Structure):
     def eigen(self, M: Tensor, name: str) -> tuple[Tensor, Tensor]:
         return symmetric_eigen(M, name)
 
+    def nearly_eigen(self, M: Tensor, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return iterated_eigen(M, near)
+
     def left(self, M: Tensor, G: Tensor) -> Tensor:
         return M @ G
 
@@ -191,8 +207,11 @@ class OnlyDiagonal(Structure):
         return damped_inverse(M[..., None, None], wide, name)[..., 0, 0]
 
     def eigen(self, M: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        s, _ = symmetric_eigen(M[..., None, None], name)
-        return s[..., 0], M.new_zeros(0)
+        require_finite(M, name)
+        return M.clamp_min(0), M.new_zeros(0)
+
+    def nearly_eigen(self, M: Tensor, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return M.clamp_min(0), M.new_zeros(0), M.sum(-1).isfinite()
 
     def left(self, M: Tensor, G: Tensor) -> Tensor:
         return M.unsqueeze(-1) * G
@@ -277,6 +296,11 @@ class Blocks(Structure):
         s[..., -1, :] = s[..., -1, :].roll(-self.padding, -1)
         U[..., -1, :, :] = U[..., -1, :, :].roll(-self.padding, -1)
         return s.flatten(-2)[..., : self.d], U
+
+    def nearly_eigen(self, M: Tensor, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        # What is padding stays where it is, last among the axes that there is nothing along.
+        s, U, sound = iterated_eigen(M, near)
+        return s.flatten(-2)[..., : self.d], U, sound.all(-1)
 
     def _times(self, M: Tensor, G: Tensor) -> Tensor:
         product: Tensor = M @ self._cut(G)
