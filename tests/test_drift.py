@@ -197,6 +197,30 @@ def of_parts(d: int, count: int, cross: float) -> Tensor:
     return M + cross * correlated(count * d, 9)
 
 
+@pytest.mark.parametrize("d", [32, LARGE])
+@pytest.mark.parametrize("rows", [48, 200, 4000])
+def test_what_is_correlated_by_chance_alone_keeps_its_own_axes(d, rows):
+    generator = torch.Generator().manual_seed(rows + d)
+    seen = torch.randn(rows, d, generator=generator) * torch.rand(d, generator=generator)
+    independent = seen.T @ seen / rows
+    Q = correlated(40, 0)
+    one = Product(independent, Q, Sides())
+    assert Renewal(one, None, "layer", rows=rows).of_output.structure == DIAGONAL
+    by_number = Renewal(one, None, "layer", rows=torch.tensor(float(rows)))
+    assert by_number.of_output.structure == DIAGONAL
+    if rows < 100:  # as if there were more of them, so that it would be none
+        assert Renewal(one, None, "layer").of_output.structure == DENSE
+    dead = independent.clone()  # what is never there is correlated with nothing, nor by chance
+    dead[: d // 2] = dead[:, : d // 2] = 0
+    assert (
+        Renewal(Product(dead, Q, Sides()), None, "layer", rows=rows).of_output.structure == DIAGONAL
+    )
+    mixed = seen @ torch.randn(d, d, generator=generator)
+    mixed[:, ::2] = mixed[:, 1::2] + mixed[:, ::2] / 8
+    truly = Product(mixed.T @ mixed / rows, Q, Sides())
+    assert Renewal(truly, None, "layer", rows=rows).of_output.structure == DENSE
+
+
 def test_parts_of_a_side_that_have_little_to_do_with_each_other_have_a_basis_each():
     Q, P = correlated(33, 1), of_parts(32, 3, 0.01)  # as of a query, a key and a value, with a bias
     found = renewed(Product(P, Q, Sides()), None, "layer")
@@ -292,7 +316,7 @@ def test_a_basis_that_is_dear_for_its_layer_and_cheap_for_the_model_is_renewed(m
         optimizer = KFAC(net, criterion, basis="adam")
         bases = []
         for _ in range(3):
-            x = torch.randn(64, 96) @ torch.randn(96, 96)  # whose basis is another in every step
+            x = torch.randn(64, 8) @ torch.randn(8, 96)  # whose basis is another in every step
             optimizer.zero_grad()
             criterion(net(x), y).backward()
             optimizer.step()

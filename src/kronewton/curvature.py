@@ -408,7 +408,9 @@ class Curvature:
         # A column of scales and shifts is too little to be turned at the other layers' expense.
         most = self._prices_of_all()[0] if min(one.Q.shape[-1], one.P.shape[-1]) > 1 else math.inf
         worth = [pays(price(M, work), most, *turn) for M in (one.Q, one.P)]
-        return Renewal(one, self._eigen(name), name, worth)
+        batches = self.factors[self.terms(name)[0]].B.count
+        rows = (self.rows.get(name) or math.inf) * batches
+        return Renewal(one, self._eigen(name), name, worth, rows)
 
     def _hear(self, old: EigenInverse, new: EigenInverse, worth: Sequence[bool]) -> None:
         """Whether the bases had drifted that it was worth asking of."""

@@ -60,6 +60,8 @@ class Renewal:
     matrix makes, has a basis for each where these have little to do with each other.
 
     worth: whether a new one is worth its price, of the input's side and of the output's.
+    rows: from how many the factors are, a number or a tensor (), for what looks like a correlation
+    and is chance.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Renewal:
         old: EigenInverse | None,
         name: str,
         worth: Sequence[bool] = (True, True),
+        rows: Tensor | float = math.inf,
     ) -> None:
         self.worth = worth
         of_input = of_output = None
@@ -83,6 +86,7 @@ class Renewal:
             of_input,
             f"the input factor A of layer '{name}'",
             worth[0],
+            rows,
         )
         self.of_output = _side(
             product.P,
@@ -91,6 +95,7 @@ class Renewal:
             of_output,
             f"the gradient factor B of layer '{name}'",
             worth[1],
+            rows,
             ASKED,
         )
 
@@ -154,6 +159,7 @@ def _side(
     old: tuple[Structure, Tensor, Tensor] | None,
     what: str,
     worth: bool,
+    rows: Tensor | float,
     least: int = SMALL + 1,
 ) -> Side:
     """How the basis of a side is stored, and what it is where that is known.
@@ -175,7 +181,7 @@ def _side(
             before, U, s = old
             s = s * (diagonal.sum(-1) / s.sum(-1).clamp_min(TINY)).unsqueeze(-1)
             if before != structure and worth:  # what is between parts, their drift does not show
-                simplest = _simplest(M, diagonal, parts)
+                simplest = _simplest(M, diagonal, parts, rows)
             kept = M if before == structure else before.of_dense(M)
             serves = simplest in (None, before)
             if not worth or (serves and float(drift(before, kept, U, s)) < TOLERATED):
@@ -183,7 +189,7 @@ def _side(
         if old is not None and old[0] == DIAGONAL and not worth:
             simplest = DIAGONAL
         elif dense and simplest is None:
-            simplest = _simplest(M, diagonal, parts)
+            simplest = _simplest(M, diagonal, parts, rows)
         if simplest == DIAGONAL:
             return _axes(M, diagonal, what)
         if simplest is not None and simplest != structure:
@@ -211,18 +217,19 @@ def drift(structure: Structure, M: Tensor, U: Tensor, s: Tensor) -> Tensor:
     return ((shares - own) / m[..., ::every]).mean()
 
 
-def _simplest(M: Tensor, diagonal: Tensor, parts: Blocks | None) -> Structure:
+def _simplest(M: Tensor, diagonal: Tensor, parts: Blocks | None, rows: Tensor | float) -> Structure:
     """What a basis needs to hold of a matrix, by the correlations of its own axes."""
     m = (diagonal + FLOOR * diagonal.mean()).clamp_min(TINY)
     root = m.rsqrt()
     correlations = (M * root).mul_(root.unsqueeze(-1))
     flat = correlations.flatten()
     own = (diagonal / m).square().sum()
-    sums = [torch.dot(flat, flat) - own]
+    # Of n rows the squared correlation of two coordinates that are independent is 1/n by chance.
+    sums = [torch.dot(flat, flat) - own, own * (own - 1) / rows]
     if parts is not None:
         sums.append(parts.of_dense(correlations).square().sum() - own)
-    among, *within = torch.stack(sums).tolist()  # one wait
-    if among < (INDEPENDENT if len(m) > SMALL else FEW_INDEPENDENT) * len(m):
+    among, chance, *within = torch.stack(sums).tolist()  # one wait
+    if among - chance < (INDEPENDENT if len(m) > SMALL else FEW_INDEPENDENT) * len(m):
         return DIAGONAL
     if parts is not None and among - within[0] < APART * among:
         return parts

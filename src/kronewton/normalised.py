@@ -29,7 +29,7 @@ QUINTIC = 3.4445, -4.775, 2.0315  # of a singular value, its third and its fifth
 ROUNDS = 3  # of it: a value below a 25th of the length stays below the others
 WIDE = 2  # times the shorter side: from about there products of the shorter one alone are cheaper
 TOGETHER = 2**24  # numbers in matrices that are orthogonalised in one product
-PAYS = 1.0  # runs of a layer on a batch, that its rounds may cost
+PAYS = 2.75  # runs of a layer on a batch, that its rounds may cost
 LEAST_SIDE = 16  # smaller ones, as of ten classes, have little that could be flattened
 
 
@@ -136,8 +136,9 @@ def curved(step: Tensor, sides: Sides) -> bool:
 def flattenable(step: Tensor, sides: Sides, rows: int) -> bool:
     """Whether a step that goes by its curvature should have singular values that are alike.
 
-    rows: of the layer in a batch. Where they are few, as behind a batch of a hundred examples, the
-    rounds cost several runs of the layer, forward and backward, for steps that are hardly fewer.
+    rows: of the layer in a batch. Where they are few, as of a hundred examples for a side of 256,
+    the rounds cost several runs of the layer, forward and backward, for steps that are not so much
+    fewer.
     Nor where an input's own axes are its basis, or the shorter side has no factor in full, for the
     price would be that of one.
     """
