@@ -270,7 +270,7 @@ def test_what_has_a_basis_on_both_sides_is_orthogonalised(shape, sides, wanted):
 
 @pytest.mark.parametrize(("shape", "rows"), [((16, 16), 18), ((48, 16), 10), ((16, 48), 10)])
 def test_a_layer_is_orthogonalised_where_that_costs_no_more_than_it_may(shape, rows):
-    """18 m³ operations and more of a square matrix, against 2.75 times 6 for each weight and row."""
+    """18 m³ operations and more of a square matrix, against 2.75 times 6 per weight and row."""
     assert flattenable(drawn(*shape), Sides(), rows)
     assert not flattenable(drawn(*shape), Sides(), rows - 1)
 
