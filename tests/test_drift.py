@@ -20,7 +20,6 @@ from kronewton.drift import (
     find_by_products,
     pays,
     price,
-    renewed,
 )
 from kronewton.errors import NotPositiveDefinite
 from kronewton.inverse import eigen_basis
@@ -36,6 +35,13 @@ def correlated(d: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(4 * d, d, generator=generator) @ torch.randn(d, d, generator=generator)
     return rows.T @ rows / (4 * d)
+
+
+def renewed(product, old, name, *worth):
+    """The basis of one layer alone."""
+    renewal = Renewal(product, old, name, *worth)
+    find_by_products([renewal])
+    return renewal.basis()
 
 
 def product(seed: int = 0) -> Product:
@@ -129,6 +135,29 @@ def test_bases_of_one_shape_are_found_together_and_each_as_if_alone(together, mo
         renewals[1].basis()
 
 
+def test_a_group_whose_basis_is_not_sound_is_not_taken(monkeypatch):
+    """As of a grouped convolution one group of which is dead, or gave NaN."""
+    monkeypatch.setattr("kronewton.drift.by_products", lambda M: True)
+    P, Q = (torch.stack([correlated(8, seed) for seed in some]) for some in ((0, 1), (2, 3)))
+    P[1] = 0
+    found = renewed(Product(P, Q, Sides()), None, "layer")
+    assert found.s.isfinite().all()
+    assert found.U_B.isfinite().all()
+    assert not found.s[1].any()
+    P[1] = math.nan
+    with pytest.raises(NotPositiveDefinite, match="gradient factor B of layer 'layer'"):
+        renewed(Product(P, Q, Sides()), None, "layer")
+
+
+def test_a_basis_keeps_no_memory_of_those_it_was_found_with(monkeypatch):
+    monkeypatch.setattr("kronewton.drift.by_products", lambda M: True)
+    renewals = [Renewal(product(seed), None, "layer") for seed in range(3)]
+    find_by_products(renewals)
+    for renewal in renewals:
+        U = renewal.basis().U_A
+        assert U.untyped_storage().nbytes() == U.numel() * U.element_size()
+
+
 def test_bases_that_there_is_no_memory_for_together_are_found_one_by_one(monkeypatch):
     def full(M: Tensor, near: Tensor | None) -> None:
         raise RuntimeError("CUDA out of memory")
@@ -143,9 +172,14 @@ def test_bases_that_there_is_no_memory_for_together_are_found_one_by_one(monkeyp
 
 def test_a_basis_that_products_do_not_find_is_an_eigendecomposition(monkeypatch):
     monkeypatch.setattr("kronewton.drift.by_products", lambda M: True)
-    found = renewed(Product(correlated(20, 0), torch.zeros(20, 20), Sides()), None, "layer")
-    torch.testing.assert_close(found.U_A.T @ found.U_A, torch.eye(20))
-    assert not found.s.any()
+    one = Product(correlated(12, 0), correlated(20, 1), Sides())
+    monkeypatch.setattr(structure, "iterated_eigen", lambda M, near: (
+        M[..., 0], M, torch.zeros(M.shape[:-2], dtype=torch.bool)))  # fmt: skip
+    found, exact = renewed(one, None, "layer"), eigen_basis(one.Q, one.P, "layer")
+    assert found.U_A.equal(exact.U_A)
+    assert found.U_B.equal(exact.U_B)
+    monkeypatch.undo()
+    monkeypatch.setattr("kronewton.drift.by_products", lambda M: True)
     with pytest.raises(NotPositiveDefinite, match="gradient factor B of layer 'layer'"):
         renewed(Product(torch.full((20, 20), math.nan), correlated(20, 0), Sides()), None, "layer")
 
@@ -323,3 +357,23 @@ def test_a_basis_that_is_dear_for_its_layer_and_cheap_for_the_model_is_renewed(m
             bases.append(optimizer._curvature.inverses[last].U_A)
         found[last] = [after is not before for before, after in itertools.pairwise(bases)]
     assert found == {"4": [True, True], "0": [False, False]}
+
+
+@pytest.mark.parametrize("rows", [64, 1000])
+def test_outputs_that_are_independent_are_known_as_such_from_few_rows(rows):
+    """Squared errors: of 64 rows a coordinate has squared correlations of 1.5 with all others."""
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(8, 100), nn.MSELoss()
+    optimizer = KFAC(model, criterion, basis="orthogonal")
+    for step in range(2):
+        optimizer.zero_grad()
+        criterion(model(torch.randn(rows, 8)), torch.randn(rows, 100)).backward()
+        optimizer.step()
+        factors = optimizer._curvature.factors[""]
+        used = min(rows, 256)  # of a thousand, a quarter
+        if step == 0:
+            assert float(factors.rows) == used
+        assert optimizer._curvature.inverses[""].sides.output == DIAGONAL
+    other = KFAC(model, criterion, basis="orthogonal")
+    other.load_state_dict(optimizer.state_dict())
+    assert float(other._curvature.factors[""].rows) == float(factors.rows)

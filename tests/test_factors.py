@@ -354,3 +354,14 @@ def test_halves_of_a_batch_have_no_example_in_common_but_an_odd_middle_one():
         [1, 3],
     ]
     assert [numbers(h) for h in factors_module._halves([one(0, 1)], 32)] == [[0], [0]]
+
+
+def test_running_factors_are_as_good_as_so_many_rows():
+    one = Moment(torch.eye(2), ONE)
+    first, second = Factors(one, one, chance=1 / 10), Factors(one, one, chance=1 / 40)
+    both = first.then(second, 0.5)  # weights ½ and 1, whose squares are of the variance
+    assert float(both.rows) == pytest.approx(1.5**2 / (0.25 / 10 + 1 / 40))
+    unknown = Factors(one, one)
+    assert (
+        unknown.rows == unknown.then(first, 0.5).rows == first.then(unknown, 0.5).rows == math.inf
+    )

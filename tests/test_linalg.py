@@ -205,8 +205,11 @@ def test_iterated_eigen_says_which_are_sound():
     matrices[1, 0, 0] = float("inf")
     matrices[2] = 0
     near[3] = 1
-    assert iterated_eigen(matrices, near)[2].tolist() == [False, False, False, False, True]
-    assert iterated_eigen(matrices, None)[2].tolist() == [False, False, False, True, True]
+    s, U, sound = iterated_eigen(matrices, near)
+    assert sound.tolist() == [False, False, True, False, True]
+    assert not s[2].any()
+    assert U[2].equal(torch.eye(5))
+    assert iterated_eigen(matrices, None)[2].tolist() == [False, False, True, True, True]
 
 
 def test_cholesky_that_fails_once_is_retried_in_float64(monkeypatch):

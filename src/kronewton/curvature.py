@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kronewton.drift import AT_LEAST, SMALL, Renewal, by_products, find_by_products, pays, price
+from kronewton.drift import AT_LEAST, Renewal, by_products, find_by_products, pays, price
 from kronewton.errors import NotPositiveDefinite
 from kronewton.factors import (
     Factors,
@@ -341,8 +341,8 @@ class Curvature:
                 if name in self.moments:
                     self.moments[name].turn_(old, new)
                 self.inverses[name] = new
-                if old is not None:
-                    self._hear(old, new, renewal.worth)
+                for moved in renewal.moved(new):
+                    self.restless += (float(moved) - self.restless) / RESTLESS_MEMORY
 
     def _up_to_date(self, name: str) -> bool:
         """Whether a layer has an inverse, and of all its terms."""
@@ -408,18 +408,8 @@ class Curvature:
         # A column of scales and shifts is too little to be turned at the other layers' expense.
         most = self._prices_of_all()[0] if min(one.Q.shape[-1], one.P.shape[-1]) > 1 else math.inf
         worth = [pays(price(M, work), most, *turn) for M in (one.Q, one.P)]
-        batches = self.factors[self.terms(name)[0]].B.count
-        rows = (self.rows.get(name) or math.inf) * batches
+        rows = math.inf if len(products) == 2 else self.factors[self.terms(name)[0]].rows
         return Renewal(one, self._eigen(name), name, worth, rows)
-
-    def _hear(self, old: EigenInverse, new: EigenInverse, worth: Sequence[bool]) -> None:
-        """Whether the bases had drifted that it was worth asking of."""
-        d_out, d_in = new.s.shape[-2:]
-        sides = ((d_in, old.U_A, new.U_A, worth[0]), (d_out, old.U_B, new.U_B, worth[1]))
-        for d, before, now, asked in sides:
-            if asked and d > SMALL and now.numel():
-                drifted = float(now is not before)
-                self.restless += (drifted - self.restless) / RESTLESS_MEMORY
 
     def _work(self, name: str) -> int:
         """Multiplications in a layer for a batch, forward and backward."""
@@ -519,6 +509,8 @@ class Curvature:
                 if moment is not None:
                     kept[f"{key}_total{how}"] = moment.total
                     kept[f"{key}_count{how}"] = moment.count
+            if factors and factors.chance:
+                kept[f"chance{how}"] = torch.tensor(factors.chance, dtype=torch.float64)
             if factors and name + how in self.chosen:
                 reduced = self.chosen[name + how] == "reduce"
                 kept[f"reduced{how}"] = factors.A.count.new_tensor(float(reduced))
@@ -544,7 +536,8 @@ class Curvature:
                     if f"{key}_total{how}" in kept
                 }
                 sides = self._sides_of(term, [moments[key].total for key in "AB"])
-                self.factors[term] = Factors(**moments, sides=sides)
+                chance = float(kept.get(f"chance{how}", 0.0))
+                self.factors[term] = Factors(**moments, sides=sides, chance=chance)
         if "seen" in kept:
             self.rows[name] = int(kept["seen"])
         inverse = {k.removeprefix("inverse_"): t for k, t in kept.items() if "inverse_" in k}

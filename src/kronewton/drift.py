@@ -43,14 +43,17 @@ class Side:
     """
 
     structure: Structure
-    M: Tensor
+    M: Tensor | None  # while it is asked for
     what: str
     near: Tensor | None = None  # eigenvectors of an M before, stored likewise
     found: tuple[Tensor, Tensor] | None = None
 
     def eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues and vectors. Raises NotPositiveDefinite if M is not finite."""
-        return self.structure.eigen(self.M, self.what) if self.found is None else self.found
+        if self.found is not None:
+            return self.found
+        assert self.M is not None
+        return self.structure.eigen(self.M, self.what)
 
 
 class Renewal:
@@ -60,8 +63,8 @@ class Renewal:
     matrix makes, has a basis for each where these have little to do with each other.
 
     worth: whether a new one is worth its price, of the input's side and of the output's.
-    rows: from how many the factors are, a number or a tensor (), for what looks like a correlation
-    and is chance.
+    rows: as how many the factors' mean is as good, a number or a tensor (), for what looks like a
+    correlation and is chance.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class Renewal:
         worth: Sequence[bool] = (True, True),
         rows: Tensor | float = math.inf,
     ) -> None:
-        self.worth = worth
+        self.old, self.worth = old, worth
         of_input = of_output = None
         if old is not None and old.s.dtype == product.Q.dtype:  # or the model has been cast since
             of_input = (old.sides.input, old.U_A, old.spectra[0])
@@ -108,14 +111,17 @@ class Renewal:
         s = s_B.unsqueeze(-1) * s_A.unsqueeze(-2)
         return EigenInverse(U_A, U_B, s, Sides(self.of_input.structure, self.of_output.structure))
 
-
-def renewed(
-    product: Product, old: EigenInverse | None, name: str, worth: Sequence[bool] = (True, True)
-) -> EigenInverse:
-    """The basis of one layer alone."""
-    renewal = Renewal(product, old, name, worth)
-    find_by_products([renewal])
-    return renewal.basis()
+    def moved(self, new: EigenInverse) -> list[bool]:
+        """Of each side that was worth asking and is not small, whether it had drifted."""
+        if self.old is None:
+            return []
+        d_out, d_in = new.s.shape[-2:]
+        sides = ((d_in, self.old.U_A, new.U_A), (d_out, self.old.U_B, new.U_B))
+        return [
+            now is not before
+            for (d, before, now), asked in zip(sides, self.worth, strict=True)
+            if asked and d > SMALL and now.numel()
+        ]
 
 
 def find_by_products(renewals: Iterable[Renewal]) -> None:
@@ -125,23 +131,29 @@ def find_by_products(renewals: Iterable[Renewal]) -> None:
     """
     alike: dict[tuple[Hashable, ...], list[Side]] = {}
     for side in (s for r in renewals for s in (r.of_input, r.of_output)):
-        if side.found is None and side.structure != DIAGONAL and by_products(side.M):
-            key = side.structure, side.M.shape, side.M.dtype, side.M.device, side.near is None
+        M = side.M
+        if side.found is None and M is not None and side.structure != DIAGONAL and by_products(M):
+            key = side.structure, M.shape, M.dtype, M.device, side.near is None
             alike.setdefault(key, []).append(side)
-    for same in alike.values():
-        most = max(1, TOGETHER // same[0].M.numel())
+    for (structure, shape, *_), same in alike.items():
+        assert isinstance(structure, Structure)
+        assert isinstance(shape, torch.Size)
+        most = max(1, TOGETHER // shape.numel())
         for some in (same[k : k + most] for k in range(0, len(same), most)):
             near = [side.near for side in some if side.near is not None]
+            matrices = [side.M for side in some if side.M is not None]
             try:
-                s, U, sound = some[0].structure.nearly_eigen(
-                    torch.stack([side.M for side in some]), torch.stack(near) if near else None
+                s, U, sound = structure.nearly_eigen(
+                    torch.stack(matrices), torch.stack(near) if near else None
                 )
             except (RuntimeError, MemoryError) as error:
                 if not ran_out_of_memory(error):
                     raise
                 continue  # one by one they take less
-            for i, good in enumerate(sound.tolist()):  # one wait
-                some[i].found = (s[i], U[i]) if good else None
+            good = sound.reshape(len(some), -1).all(-1).tolist()  # one wait
+            for i in (i for i, well in enumerate(good) if well):
+                # Copies: a view would keep all of them for as long as one is in use.
+                some[i].found, some[i].M, some[i].near = (s[i].clone(), U[i].clone()), None, None
 
 
 def by_products(M: Tensor) -> bool:
@@ -174,7 +186,7 @@ def _side(
     last = old
     if asked and structure != DIAGONAL and finite(diagonal):
         if d == 1:  # as of a normalisation's inputs
-            return _axes(M, diagonal, what)
+            return _axes(diagonal, what)
         old, parts = (None, None) if small else (old, parts)
         simplest = None
         if old is not None and (old[0] == structure or (dense and isinstance(old[0], Blocks))):
@@ -185,21 +197,21 @@ def _side(
             kept = M if before == structure else before.of_dense(M)
             serves = simplest in (None, before)
             if not worth or (serves and float(drift(before, kept, U, s)) < TOLERATED):
-                return Side(before, kept, what, found=(s, U))
+                return Side(before, None, what, found=(s, U))
         if old is not None and old[0] == DIAGONAL and not worth:
             simplest = DIAGONAL
         elif dense and simplest is None:
             simplest = _simplest(M, diagonal, parts, rows)
         if simplest == DIAGONAL:
-            return _axes(M, diagonal, what)
+            return _axes(diagonal, what)
         if simplest is not None and simplest != structure:
             structure, M = simplest, simplest.of_dense(M)
     near = last[1] if last is not None and last[0] == structure else None
     return Side(structure, M, what, near)
 
 
-def _axes(M: Tensor, diagonal: Tensor, what: str) -> Side:
-    return Side(DIAGONAL, M, what, found=(diagonal.clone(), M.new_zeros(0)))
+def _axes(diagonal: Tensor, what: str) -> Side:
+    return Side(DIAGONAL, None, what, found=(diagonal.clone(), diagonal.new_zeros(0)))
 
 
 def drift(structure: Structure, M: Tensor, U: Tensor, s: Tensor) -> Tensor:

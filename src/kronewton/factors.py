@@ -53,6 +53,7 @@ class Factors:
     B: Moment  # (…, d_out, d_out), counted by batches
     s: Moment | None = None  # (…, d_out, d_in), counted by batches
     sides: Sides = PLAIN  # how A and B are stored
+    chance: float = 0.0  # Σ w²/n over batches of n rows, or 0 if these are not known
 
     def then(self, batch: Factors, decay: float) -> Factors:
         """The running moments after one more batch."""
@@ -60,7 +61,13 @@ class Factors:
         if batch.s is not None:
             s = batch.s if s is None else batch.s.after(s, decay)
         A, B = batch.A.after(self.A, decay), batch.B.after(self.B, decay)
-        return Factors(A, B, s, self.sides)
+        chance = batch.chance + decay**2 * self.chance if self.chance and batch.chance else 0.0
+        return Factors(A, B, s, self.sides, chance)
+
+    @property
+    def rows(self) -> Tensor | float:
+        """As how many rows of one weight B's mean is as good; infinite if that is not known."""
+        return self.B.count.square() / self.chance if self.chance else math.inf
 
     def totals(self) -> list[Tensor]:
         """What is summed up: of A, of B, and of s where it is kept."""
@@ -140,7 +147,8 @@ def batch_factors(observations: Sequence[Observation], sides: Sides = PLAIN) -> 
     total = _total(
         part * sides.output.second_moment(stats.b.flatten(-4, -2)) for stats, part in observations
     )
-    return Factors(A, Moment(total, total.new_ones(())), None, sides)
+    rows = sum(math.prod(stats.a.counts) * stats.b.shape[-4] for stats, _ in observations)
+    return Factors(A, Moment(total, total.new_ones(())), None, sides, 1 / rows if rows else 0.0)
 
 
 def _input_moment(stats: Statistics, part: Tensor, structure: Structure = DENSE) -> Moment:
@@ -289,7 +297,9 @@ def best_factors(
     trace, wanted = diagonal(A).sum(-1), diagonal(expand.A.mean).sum(-1)
     scale = torch.where(trace > 0, wanted / trace, torch.ones_like(trace))[..., None, None]
     return Factors(
-        Moment(A * scale * expand.A.count, expand.A.count), Moment(B / scale, expand.B.count)
+        Moment(A * scale * expand.A.count, expand.A.count),
+        Moment(B / scale, expand.B.count),
+        chance=expand.chance,
     )
 
 

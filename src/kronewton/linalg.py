@@ -83,14 +83,16 @@ def iterated_eigen(matrix: Tensor, near: Tensor | None) -> tuple[Tensor, Tensor,
     sound, (…), is one that is not finite, or whose columns are too much alike to be told apart.
     """
     wide = matrix.double()  # columns that are nearly alike have a Gram matrix that is singular
-    least = LEAST_EIGENVALUE * diagonal(wide).mean(-1)[..., None, None]
+    mean = diagonal(wide).mean(-1)[..., None, None]
+    mean = torch.where(mean == 0, torch.ones_like(mean), mean)  # the axes of nothing are as good
+    least = LEAST_EIGENVALUE * mean
     axes = torch.eye(matrix.shape[-1], dtype=wide.dtype, device=wide.device)
     U = axes.expand_as(wide) if near is None else near.double()
     M_U, sound = wide @ U, torch.ones_like(least[..., 0, 0], dtype=torch.bool)
     for _ in range(AFRESH if near is None else AGAIN):
         # The largest first: every column loses what it has of those before it. In float32, so that
         # rounding does not decide about those without any.
-        size = (U * M_U).sum(-2, keepdim=True) + least
+        size = ((U * M_U).sum(-2, keepdim=True) + least) / mean
         order = size.float().argsort(dim=-1, descending=True, stable=True).expand_as(U)
         P = (M_U + least * U).gather(-1, order)
         P = P / torch.linalg.vector_norm(P, dim=-2, keepdim=True)

@@ -66,12 +66,12 @@ class Structure(ABC):
     def eigen(self, M: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """Eigenvalues (…, d), not below zero, and eigenvectors, stored likewise as columns."""
 
-    @abstractmethod
     def nearly_eigen(self, M: Tensor, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The same nearly, by products, and whether it is sound, (…).
 
         near: eigenvectors of an M before, to begin with.
         """
+        raise NotImplementedError  # axes need no search
 
     @abstractmethod
     def left(self, M: Tensor, G: Tensor) -> Tensor:
@@ -209,9 +209,6 @@ class OnlyDiagonal(Structure):
     def eigen(self, M: Tensor, name: str) -> tuple[Tensor, Tensor]:
         require_finite(M, name)
         return M.clamp_min(0), M.new_zeros(0)
-
-    def nearly_eigen(self, M: Tensor, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return M.clamp_min(0), M.new_zeros(0), M.sum(-1).isfinite()
 
     def left(self, M: Tensor, G: Tensor) -> Tensor:
         return M.unsqueeze(-1) * G
