@@ -358,7 +358,7 @@ def test_halves_of_a_batch_have_no_example_in_common_but_an_odd_middle_one():
 
 def test_running_factors_are_as_good_as_so_many_rows():
     one = Moment(torch.eye(2), ONE)
-    first, second = Factors(one, one, chance=1 / 10), Factors(one, one, chance=1 / 40)
+    first, second = (Factors(one, one, chance=ONE / rows) for rows in (10, 40))
     both = first.then(second, 0.5)  # weights ½ and 1, whose squares are of the variance
     assert float(both.rows) == pytest.approx(1.5**2 / (0.25 / 10 + 1 / 40))
     unknown = Factors(one, one)

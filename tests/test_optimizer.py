@@ -741,8 +741,8 @@ def test_coverage_counts_the_memory_that_is_kept():
     assert optimizer.coverage().rows[0].memory == 0
     whole(model, criterion, *batches(1)[0])
     optimizer.step()
-    # A and B, their counts and their inverses, in float64.
-    assert optimizer.coverage().rows[0].memory == 8 * (2 * (16 + 25) + 2)
+    # A and B, their counts, the number of their rows and their inverses, in float64.
+    assert optimizer.coverage().rows[0].memory == 8 * (2 * (16 + 25) + 3)
 
 
 def test_parameters_without_a_model_are_trained_by_the_fallback():

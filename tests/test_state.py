@@ -211,8 +211,7 @@ def test_half_precision_parameters_keep_their_factors_in_float32(basis):
         kept, wanted = (r.optimizer._curvature.tensors(name) for r in (run, saved))
         assert kept.keys() == wanted.keys()
         for key, tensor in kept.items():
-            wide = key in ("chance", "moments_left")
-            assert tensor.dtype == (torch.float64 if wide else torch.float32)
+            assert tensor.dtype == (torch.float64 if key == "moments_left" else torch.float32)
             assert tensor.equal(wanted[key])
     assert all(p.dtype == torch.bfloat16 for p in run.model.parameters())
 

@@ -509,8 +509,8 @@ class Curvature:
                 if moment is not None:
                     kept[f"{key}_total{how}"] = moment.total
                     kept[f"{key}_count{how}"] = moment.count
-            if factors and factors.chance:
-                kept[f"chance{how}"] = torch.tensor(factors.chance, dtype=torch.float64)
+            if factors and factors.chance is not None:
+                kept[f"chance{how}"] = factors.chance
             if factors and name + how in self.chosen:
                 reduced = self.chosen[name + how] == "reduce"
                 kept[f"reduced{how}"] = factors.A.count.new_tensor(float(reduced))
@@ -536,7 +536,7 @@ class Curvature:
                     if f"{key}_total{how}" in kept
                 }
                 sides = self._sides_of(term, [moments[key].total for key in "AB"])
-                chance = float(kept.get(f"chance{how}", 0.0))
+                chance = kept.get(f"chance{how}")
                 self.factors[term] = Factors(**moments, sides=sides, chance=chance)
         if "seen" in kept:
             self.rows[name] = int(kept["seen"])

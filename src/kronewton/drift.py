@@ -237,7 +237,7 @@ def _simplest(M: Tensor, diagonal: Tensor, parts: Blocks | None, rows: Tensor | 
     flat = correlations.flatten()
     own = (diagonal / m).square().sum()
     # Of n rows the squared correlation of two coordinates that are independent is 1/n by chance.
-    sums = [torch.dot(flat, flat) - own, own * (own - 1) / rows]
+    sums = [torch.dot(flat, flat) - own, (own * (own - 1) / rows).to(own)]
     if parts is not None:
         sums.append(parts.of_dense(correlations).square().sum() - own)
     among, chance, *within = torch.stack(sums).tolist()  # one wait

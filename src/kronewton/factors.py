@@ -53,7 +53,7 @@ class Factors:
     B: Moment  # (…, d_out, d_out), counted by batches
     s: Moment | None = None  # (…, d_out, d_in), counted by batches
     sides: Sides = PLAIN  # how A and B are stored
-    chance: float = 0.0  # Σ w²/n over batches of n rows, or 0 if these are not known
+    chance: Tensor | None = None  # Σ w²/n over batches of n rows, (), where these are known
 
     def then(self, batch: Factors, decay: float) -> Factors:
         """The running moments after one more batch."""
@@ -61,13 +61,15 @@ class Factors:
         if batch.s is not None:
             s = batch.s if s is None else batch.s.after(s, decay)
         A, B = batch.A.after(self.A, decay), batch.B.after(self.B, decay)
-        chance = batch.chance + decay**2 * self.chance if self.chance and batch.chance else 0.0
+        chance = None
+        if self.chance is not None and batch.chance is not None:
+            chance = torch.add(batch.chance, self.chance, alpha=decay**2)
         return Factors(A, B, s, self.sides, chance)
 
     @property
     def rows(self) -> Tensor | float:
         """As how many rows of one weight B's mean is as good; infinite if that is not known."""
-        return self.B.count.square() / self.chance if self.chance else math.inf
+        return math.inf if self.chance is None else self.B.count.square() / self.chance
 
     def totals(self) -> list[Tensor]:
         """What is summed up: of A, of B, and of s where it is kept."""
@@ -148,7 +150,8 @@ def batch_factors(observations: Sequence[Observation], sides: Sides = PLAIN) -> 
         part * sides.output.second_moment(stats.b.flatten(-4, -2)) for stats, part in observations
     )
     rows = sum(math.prod(stats.a.counts) * stats.b.shape[-4] for stats, _ in observations)
-    return Factors(A, Moment(total, total.new_ones(())), None, sides, 1 / rows if rows else 0.0)
+    chance = total.new_full((), 1 / rows) if rows else None
+    return Factors(A, Moment(total, total.new_ones(())), None, sides, chance)
 
 
 def _input_moment(stats: Statistics, part: Tensor, structure: Structure = DENSE) -> Moment:
