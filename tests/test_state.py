@@ -313,12 +313,13 @@ def test_numbers_that_are_not_whole_are_refused(key, value):
     assert other.weights().equal(before)
 
 
+@pytest.mark.parametrize("what", ["A_count", "chance"])
 @pytest.mark.parametrize("count", [torch.ones(3), torch.ones(1, 1)])
-def test_a_count_that_is_no_single_number_is_refused(count: Tensor) -> None:
+def test_a_count_that_is_no_single_number_is_refused(count: Tensor, what: str) -> None:
     saved = Run().steps(range(2)).optimizer.state_dict()
     other = Run()
     before = other.weights()
-    key = next(k for k in saved["state"][0] if k.endswith("A_count"))
+    key = next(k for k in saved["state"][0] if k.endswith(what))
     saved["state"][0][key] = count
     with pytest.raises(
         StateError, match=r"a count of shape \(.*\) for layer '.*', which needs \(\)"

@@ -136,11 +136,10 @@ def curved(step: Tensor, sides: Sides) -> bool:
 def flattenable(step: Tensor, sides: Sides, rows: int) -> bool:
     """Whether a step that goes by its curvature should have singular values that are alike.
 
-    rows: of the layer in a batch. Where they are few, as of a hundred examples for a side of 256,
-    the rounds cost several runs of the layer, forward and backward, for steps that are not so much
-    fewer.
-    Nor where an input's own axes are its basis, or the shorter side has no factor in full, for the
-    price would be that of one.
+    rows: of the layer in a batch. Not where they are few, as a hundred for a side of 256: the
+    rounds would cost several runs of the layer, forward and backward, for steps that are not so
+    much fewer. Nor where an input's own axes are its basis, or the shorter side has no factor in
+    full, for the price would be that of one.
     """
     d_out, d_in = step.shape[-2:]
     shorter = sides.output if d_out <= d_in else sides.input

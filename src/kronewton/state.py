@@ -194,7 +194,7 @@ def _require_same_layer(layer: Layer, kept: Mapping[str, Tensor], largest: int) 
     _require_tensors(owner, kept)
     for key, tensor in kept.items():
         _require_kind(key, tensor, owner, False)
-        if "_count" in key and tensor.dim():
+        if ("_count" in key or key.startswith("chance")) and tensor.dim():
             raise _of_another_model("a count", tensor, owner, torch.Size())
     shape = layer.kind.matrix(layer, layer.parameters()).shape
     moments = {k.removeprefix("moments_") for k in kept if k.startswith("moments_")}
