@@ -7,7 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from kronewton.adapt import FIRST_TRIALS, Fixed, LevenbergMarquardt, Settings, StepInfo
+from kronewton.adapt import (
+    FIRST_TRIALS,
+    Fixed,
+    LevenbergMarquardt,
+    Pace,
+    Pacing,
+    Settings,
+    StepInfo,
+)
 
 RULE = LevenbergMarquardt()
 START = Settings(damping=1.0, inverse_damping=2.0)
@@ -145,3 +153,13 @@ def test_lambda_falls_faster_where_the_model_is_right_and_nothing_is_noise(agree
     rule, settings = LevenbergMarquardt(noise_memory=1.0), Settings(0.5, 0.5, noise=noise)
     info = StepInfo(predicted=-1.0, actual=-agreement, scale=1.0, steps=1)
     assert rule.update(settings, info).damping == pytest.approx(0.5 * fall)
+
+
+@pytest.mark.parametrize("c", [1e-6, 1.0, 1e6])
+def test_a_first_step_leaps_where_it_is_promised_a_large_share_of_the_loss(c):
+    pacing, pace = Pacing(), Pace(loss=4 * c, slope=-30 * c, bend=200 * c)
+    assert pacing.leapt(pace, 0.1)  # 3 − 1 of 4
+    assert not pacing.leapt(pace, 0.01)
+    assert not pacing.leapt(replace(pace, loss=-40 * c), 0.1)  # as of a density
+    assert not pacing.leapt(pace, 0.3)  # uphill
+    assert not pacing.leapt(Pace(), 0.1)  # no step has been made

@@ -216,12 +216,13 @@ class Pacing:
     agreement_memory: float = 0.9
     model_memory: float = 0.5
     distrust: float = 1 / 64  # of the lowest, the least that a limit is
-    first: int = 10
+    first: int = 7
     sudden: float = 1.5
     rarest: int = 20
     untried: float = 0.8
     loss_memory: float = 0.8
     alarming: float = 4.0
+    leap: float = 0.25
 
     def looks(self, pace: Pace) -> bool:
         """Whether the model should be asked about the step that is made now."""
@@ -300,6 +301,11 @@ class Pacing:
         """Of the step that is made now."""
         ceiling = pace.ceiling if tried else self.untried * pace.ceiling
         return min(pace.lr, max(ceiling, self.lowest), pace.limit)
+
+    def leapt(self, pace: Pace, lr: float) -> bool:
+        """Whether the last step, of this lr, was promised a large share of the loss."""
+        promised = -lr * (pace.slope + 0.5 * lr * pace.bend)
+        return promised > self.leap * abs(pace.loss)
 
     def midway(self) -> Pace:
         """To begin with where Newton's steps have gone before."""

@@ -45,7 +45,6 @@ from kronewton.pair import (
     oriented,
     pair_inverse,
 )
-from kronewton.renewals import OFTEN, SELDOM
 from kronewton.structure import DENSE, DIAGONAL, Blocks, Sides, Structure, side_of
 
 HOW = ("", TURNED, ENTRIES)  # a layer's matrix can be seen
@@ -416,9 +415,9 @@ class Curvature:
         return 3 * self.rows.get(name, 0) * self.factors[self.terms(name)[0]].size
 
     @property
-    def power(self) -> int:
-        """At the powers of which number bases and their factors are renewed in the first steps."""
-        return SELDOM if self._prices_of_all()[1] > DEAR else OFTEN
+    def dear(self) -> bool:
+        """Whether bases and their factors cost so much that they are renewed but seldom."""
+        return self._prices_of_all()[1] > DEAR
 
     def _prices_of_all(self) -> tuple[float, float]:
         """What all bases cost, and with their factors, in runs of the model on a batch."""

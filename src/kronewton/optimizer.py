@@ -296,7 +296,7 @@ class KFAC(Optimizer):
         age = planner.age(self._steps)
         if not changed:  # or they are new, or still to be made, anyway
             layers = list(self._curvature.layers)
-            names = names or due_in_turn(age, inverse_every, layers, planner.power())
+            names = names or due_in_turn(age, inverse_every, layers, planner.early())
         plan, made = None, False
         if not planner.searching:
             damping = 0.0 if planner.settings is None else planner.settings.inverse_damping
@@ -330,7 +330,7 @@ class KFAC(Optimizer):
 
     def _captures(self, planner: Planner) -> bool:
         """Whether factors are due in the step that comes next."""
-        return due(planner.age(self._steps), planner.intervals()[0], planner.power())
+        return due(planner.age(self._steps), planner.intervals()[0], planner.early())
 
     def _waits(self, planner: Planner) -> bool:
         """Whether factors that are due can be made when the batch is there."""

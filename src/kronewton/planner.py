@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -51,7 +51,7 @@ from kronewton.quadratic import (
     flattened,
     unflattened,
 )
-from kronewton.renewals import OFTEN, ROWS, decay, due, intervals
+from kronewton.renewals import OFTEN, ROWS, SELDOM, decay, due, intervals
 from kronewton.replay import Replayer
 
 MOST_MOMENTUM = 0.9  # of an automatic momentum beside a learning rate that is given
@@ -141,9 +141,14 @@ class Planner:
         restless = self.curvature.restless if self.normalising else 1.0
         return intervals(self._known(), restless, self.options)
 
-    def power(self) -> int:
-        """At the powers of which number both are renewed in the first steps."""
-        return self.curvature.power if self.normalising else OFTEN
+    def early(self) -> Collection[int]:
+        """In which of the first steps both are renewed.
+
+        The first basis is of other weights where the first step took much of the loss.
+        """
+        if not (self.normalising and self.curvature.dear):
+            return OFTEN
+        return SELDOM | {1} if self.pacing.leapt(self.pace, self.lr) else SELDOM
 
     def age(self, step: int) -> int:
         """Steps of the kind that is made now, which renewals go by: a new kind starts afresh."""
@@ -165,7 +170,7 @@ class Planner:
     def _known(self) -> str:
         """What is known of the noise: a key of RENEWALS."""
         if self.normalising and self.pace.steps < EARLY:
-            return "early" if self.curvature.power == OFTEN else "dear"
+            return "dear" if self.curvature.dear else "early"
         if self.normalising:
             return "normalised"
         if self.settings is not None and self.rule.averaging(self.settings) > 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from kronewton.options import Options
 
@@ -18,7 +18,9 @@ RENEWALS = {  # steps between renewals of factors and of inverses, by what is kn
 CALM, CALM_RENEWALS = 0.5, (16, 20)  # below this share of sides whose basis had drifted, measured
 ROWS = 256  # of a layer, that are enough of a batch where factors run over many
 DECAY, QUIET_DECAY = 0.95, 0.5  # of running factors, where averages make up for noise and not
-OFTEN, SELDOM = 2, 4  # renewals are at the powers of this in the first steps, by their price
+# Renewals in the first steps: averages of a few batches change fast. By their price.
+OFTEN = frozenset(2**k for k in range(32))
+SELDOM = frozenset(4**k for k in range(1, 16))
 
 
 def intervals(known: str, restless: float, options: Options) -> tuple[int, int]:
@@ -47,13 +49,9 @@ def decay(known: str, options: Options) -> float:
     return quiet if known == "none" else DECAY
 
 
-def due(step: int, every: int, power: int = OFTEN) -> bool:
-    """Every so many steps, and at powers of a number before: averages of a few change fast."""
-    if step % every == 0 or step > every:
-        return step % every == 0
-    while step % power == 0:
-        step //= power
-    return step == 1
+def due(step: int, every: int, early: Collection[int] = OFTEN) -> bool:
+    """Every so many steps, and in some that are early."""
+    return step % every == 0 or (step < every and step in early)
 
 
 def turn_of(step: int, every: int) -> int:
@@ -61,9 +59,11 @@ def turn_of(step: int, every: int) -> int:
     return step // every if step >= every else (step.bit_length() + 1) // 2
 
 
-def due_in_turn(step: int, every: int, names: Sequence[str], power: int = OFTEN) -> set[str]:
+def due_in_turn(
+    step: int, every: int, names: Sequence[str], early: Collection[int] = OFTEN
+) -> set[str]:
     """The layers whose inverse is due: all at the start, then each in its own turn."""
     if step < every:
-        return set(names) if due(step, every, power) else set()
+        return set(names) if due(step, every, early) else set()
     # Spread over the steps: all inversions in one step make it many times the median.
     return {n for i, n in enumerate(names) if (step + i * every // len(names)) % every == 0}
