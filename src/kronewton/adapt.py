@@ -303,9 +303,12 @@ class Pacing:
         return min(pace.lr, max(ceiling, self.lowest), pace.limit)
 
     def leapt(self, pace: Pace, lr: float) -> bool:
-        """Whether the last step, of this lr, was promised a large share of the loss."""
+        """Whether the last step, of this lr, went far, in the weights and in the loss.
+
+        It was as long as any may be, for no ceiling was below, and promised a share of the loss.
+        """
         promised = -lr * (pace.slope + 0.5 * lr * pace.bend)
-        return promised > self.leap * abs(pace.loss)
+        return lr >= self.highest and promised > self.leap * abs(pace.loss)
 
     def midway(self) -> Pace:
         """To begin with where Newton's steps have gone before."""

@@ -144,7 +144,7 @@ class Planner:
     def early(self) -> Collection[int]:
         """In which of the first steps both are renewed.
 
-        The first basis is of other weights where the first step took much of the loss.
+        The first basis is of other weights where the first step went far.
         """
         if not (self.normalising and self.curvature.dear):
             return OFTEN
