@@ -157,10 +157,11 @@ def test_lambda_falls_faster_where_the_model_is_right_and_nothing_is_noise(agree
 
 @pytest.mark.parametrize("c", [1e-6, 1.0, 1e6])
 def test_a_first_step_leaps_where_it_is_long_and_promises_a_large_share_of_the_loss(c):
-    pacing, pace = Pacing(), Pace(loss=4 * c, slope=-30 * c, bend=200 * c)
-    assert pacing.leapt(pace, 0.1)  # 3 − 1 of 4
-    assert not pacing.leapt(pace, 0.01)
+    pacing, pace = Pacing(), Pace(loss=7 * c, slope=-30 * c, bend=200 * c)
+    assert pacing.leapt(pace, 0.1)  # 3 − 1 of 7
+    assert not pacing.leapt(replace(pace, loss=9 * c), 0.1)
+    assert not pacing.leapt(replace(pace, loss=-9 * c), 0.1)  # as of a density
     assert not pacing.leapt(replace(pace, slope=-60 * c), 0.09)  # 5.4 − 0.81, and a ceiling
-    assert not pacing.leapt(replace(pace, loss=-40 * c), 0.1)  # as of a density
-    assert not pacing.leapt(pace, 0.3)  # uphill
-    assert not pacing.leapt(Pace(), 0.1)  # no step has been made
+    assert not pacing.leapt(replace(pace, loss=0.0), 0.31)  # uphill
+    assert pacing.leapt(Pace(), 0.1)  # nothing is known of it
+    assert pacing.leapt(Pace(loss=9 * c), 0.01)

@@ -272,26 +272,57 @@ class Widened(nn.Module):
         return x.float()
 
 
-DEAR, CHEAP = [0, 4, 16], [0, 1, 2, 4, 8, 12, 16]
+DEAR, LEAPT = [0, 4, 16], [0, 1, 4, 16]
+CHEAP = [0, 1, 2, 4, 8, 12, 16]
 
 
 @pytest.mark.parametrize(
-    ("rows", "noise", "steps"),
-    [(64, 9.0, DEAR), (64, 0.0, [0, 1, *DEAR[1:]]), (8192, 9.0, CHEAP), (8192, 0.0, CHEAP)],
+    ("rows", "noise", "options", "steps"),
+    [
+        (64, 9.0, {}, DEAR),
+        (64, 0.0, {}, LEAPT),
+        (64, 9.0, {"lr": 0.01}, LEAPT),  # how far the first step went is not known
+        (8192, 9.0, {}, CHEAP),
+        (8192, 0.0, {}, CHEAP),
+    ],
 )
 def test_the_first_renewals_are_seldom_where_they_take_longer_than_the_steps_between(
-    rows, noise, steps
+    rows, noise, options, steps
 ):
     """noise: in the targets. Without it the first step learns much of what there is to learn."""
     torch.manual_seed(0)
     model, criterion = nn.Sequential(nn.Linear(20, 20), nn.Tanh()), nn.MSELoss()
-    optimizer, found = kn.KFAC(model, criterion, basis="adam"), []
+    optimizer = kn.KFAC(model, criterion, basis="adam", **options)
+    factors, bases = [], []
     for step in range(18):
         before = [float(f.A.count) for f in optimizer._curvature.factors.values()]
+        basis = optimizer._curvature.inverses.get("0")
         x = torch.randn(rows, 20)
         optimizer.zero_grad()
         criterion(model(x), x.tanh() + noise * torch.randn(rows, 20)).backward()
         optimizer.step()
         if before != [float(f.A.count) for f in optimizer._curvature.factors.values()]:
-            found.append(step)
-    assert found == steps
+            factors.append(step)
+        if optimizer._curvature.inverses["0"] is not basis:
+            bases.append(step)
+    assert factors == steps
+    assert bases == [step for step in steps if step != 12]
+
+
+@pytest.mark.parametrize("basis", ["auto", "adam"])
+def test_a_batch_that_comes_again_has_new_factors_at_once_where_they_are_dear(basis):
+    torch.manual_seed(0)
+    model, criterion = nn.Sequential(nn.Linear(20, 20), nn.Tanh()), nn.MSELoss()
+    optimizer = kn.KFAC(model, criterion, basis=basis)
+    x, y = torch.randn(1024, 20), 9 * torch.randn(1024, 20)  # so many that some are enough
+    counts = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+        counts.append(float(optimizer._curvature.factors["0"].A.count))
+        if len(counts) == 1:
+            planner = optimizer._planner
+            assert planner.curvature.dear
+            assert not planner.pacing.leapt(planner.pace, planner.lr)
+    assert counts[1] > counts[0]

@@ -303,12 +303,14 @@ class Pacing:
         return min(pace.lr, max(ceiling, self.lowest), pace.limit)
 
     def leapt(self, pace: Pace, lr: float) -> bool:
-        """Whether the last step, of this lr, went far, in the weights and in the loss.
+        """Whether the last step, of this lr, may have gone far, in the weights and in the loss.
 
-        It was as long as any may be, for no ceiling was below, and promised a share of the loss.
+        It was as long as any may be, for no ceiling was below, and was promised a share of the
+        loss; by running means, which begin at zero. Or no model told of it.
         """
         promised = -lr * (pace.slope + 0.5 * lr * pace.bend)
-        return lr >= self.highest and promised > self.leap * abs(pace.loss)
+        far = lr >= self.highest and promised > self.leap * abs(pace.loss)
+        return far or not pace.bend > 0
 
     def midway(self) -> Pace:
         """To begin with where Newton's steps have gone before."""

@@ -144,11 +144,13 @@ class Planner:
     def early(self) -> Collection[int]:
         """In which of the first steps both are renewed.
 
-        The first basis is of other weights where the first step went far.
+        The first basis is of other weights where the first step went far. Where the same batch
+        comes again Newton's steps may follow, by factors of now.
         """
         if not (self.normalising and self.curvature.dear):
             return OFTEN
-        return SELDOM | {1} if self.pacing.leapt(self.pace, self.lr) else SELDOM
+        again = self.noise == 0 or self.pacing.leapt(self.pace, self.lr)
+        return SELDOM | {1} if again else SELDOM
 
     def age(self, step: int) -> int:
         """Steps of the kind that is made now, which renewals go by: a new kind starts afresh."""

@@ -56,7 +56,7 @@ def due(step: int, every: int, early: Collection[int] = OFTEN) -> bool:
 
 def turn_of(step: int, every: int) -> int:
     """The place of a renewal among them all, or about that while they follow fast."""
-    return step // every if step >= every else (step.bit_length() + 1) // 2
+    return step // every if step >= every else step.bit_length() // 2
 
 
 def due_in_turn(
