@@ -171,10 +171,9 @@ class Planner:
 
     def _known(self) -> str:
         """What is known of the noise: a key of RENEWALS."""
-        if self.normalising and self.pace.steps < EARLY:
-            return "dear" if self.curvature.dear else "early"
         if self.normalising:
-            return "normalised"
+            kind = "early" if self.pace.steps < EARLY else "normalised"
+            return kind + ", dear" if self.curvature.dear else kind
         if self.settings is not None and self.rule.averaging(self.settings) > 0:
             return "noise"
         if self.settings is None or self.noise is None or self.options.damping != AUTO:

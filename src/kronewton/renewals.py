@@ -8,8 +8,9 @@ from kronewton.options import Options
 
 RENEWALS = {  # steps between renewals of factors and of inverses, by what is known of the noise
     "early": (4, 20),  # a second moment is only as good as the basis that it is taken in
-    "dear": (20, 20),  # the same where that takes longer than the steps in between
     "normalised": (8, 20),
+    "early, dear": (20, 20),  # where that takes longer than the steps in between
+    "normalised, dear": (20, 20),
     "noise": (10, 40),  # averages have to run over many batches anyway
     "unknown": (5, 20),
     "none": (2, 10),
@@ -30,7 +31,7 @@ def intervals(known: str, restless: float, options: Options) -> tuple[int, int]:
     """
     automatic = RENEWALS["refined" if known == "none" and options.refine else known]
     if restless < CALM:
-        automatic = CALM_RENEWALS
+        automatic = max(automatic, CALM_RENEWALS)
     given = options.factor_every, options.inverse_every
     factors, inverses = (
         a if isinstance(g, str) else g for a, g in zip(automatic, given, strict=True)
@@ -42,7 +43,7 @@ def decay(known: str, options: Options) -> float:
     """The weight of the running factors against one new batch."""
     if not isinstance(options.factor_decay, str):
         return options.factor_decay
-    if known == "normalised" and isinstance(options.factor_every, str):
+    if known.startswith("normalised") and isinstance(options.factor_every, str):
         return DECAY**2  # twice as far apart, and as long a memory
     # Without noise this batch is all there is, and where the weights were is in the way.
     quiet = 0.0 if options.refine else QUIET_DECAY
