@@ -326,3 +326,36 @@ def test_a_batch_that_comes_again_has_new_factors_at_once_where_they_are_dear(ba
             assert planner.curvature.dear
             assert not planner.pacing.leapt(planner.pace, planner.lr)
     assert counts[1] > counts[0]
+
+
+class TwoOutputs(nn.Module):
+    """Counts how often it is run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.runs = nn.Linear(20, 20), 0
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.runs += 1
+        y = self.body(x)
+        return y, y.square()
+
+
+def test_a_model_with_two_criteria_is_run_once_for_a_trial() -> None:
+    torch.manual_seed(0)
+    model, first, second = TwoOutputs(), nn.MSELoss(), nn.SmoothL1Loss()
+    optimizer = kn.KFAC(model, (first, second), basis="adam")
+    for _ in range(3):
+        x = torch.randn(64, 20)
+        optimizer.zero_grad()
+        y, squares = model(x)
+        (first(y, x) + 0.5 * second(squares, x)).backward()
+        model.runs = 0
+        optimizer.step()
+    assert model.runs == 1
+    trial = optimizer._planner.outcome
+    assert trial is not None  # and it is the loss of both, where the weights are now
+    with torch.no_grad():
+        y, squares = model(x)
+        loss = first(y, x) + 0.5 * second(squares, x)
+    assert trial[0] == pytest.approx(float(loss), rel=1e-5)

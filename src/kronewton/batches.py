@@ -80,11 +80,16 @@ class Batches:
         """Let go of the batches that `remember` kept: they are of another run."""
         self._earlier.clear()
 
-    def _output(self, part: Part, tensors: Sequence[Tensor] | None) -> Tensor:
-        """What the criterion would be given."""
+    def _output(
+        self,
+        part: Part,
+        tensors: Sequence[Tensor] | None,
+        kept: dict[int, Any] | None = None,
+    ) -> Tensor:
+        """What the criterion would be given. kept: as for `Replayer.run`."""
         assert part.call is not None
         with self.unwatched():
-            output = self.replayer.run(part.call, part.path, tensors)
+            output = self.replayer.run(part.call, part.path, tensors, kept)
             return output if part.bridge is None else part.bridge.push(output)
 
     def _run(
@@ -95,11 +100,12 @@ class Batches:
         Infinite, and no part, where the model or a criterion refuses it.
         """
         total, found = 0.0, []
+        kept: dict[int, Any] = {}  # a model with two criteria is run once
         for part in parts:
             if part.call is not None and part.weight is not None:
                 try:
                     with _as(part.call.autocast):
-                        output = self._output(part, tensors)
+                        output = self._output(part, tensors, kept)
                     with _as(part.autocast), self.unwatched():
                         loss = part.criterion(output, *part.targets)
                 except torch.OutOfMemoryError:

@@ -191,11 +191,20 @@ class Replayer:
         """The parameters that are replaced, detached, in their order."""
         return [p.detach() for p in self.originals]
 
-    def run(self, call: ModelCall, path: Path, tensors: Sequence[Tensor] | None = None) -> Tensor:
+    def run(
+        self,
+        call: ModelCall,
+        path: Path,
+        tensors: Sequence[Tensor] | None = None,
+        kept: dict[int, Any] | None = None,
+    ) -> Tensor:
         """The output at `path` of the model on the call's arguments, with `tensors` as parameters.
 
-        Without tensors the parameters are those that the model has now.
+        Without tensors the parameters are those that the model has now. kept: what was returned,
+        by the id of its call; a call that is among them is not run again.
         """
+        if kept is not None and id(call) in kept:
+            return follow(kept[id(call)], path)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_kept_buffers(self._buffers, call.buffers))
             stack.enter_context(_random_state(call.random_state))
@@ -209,7 +218,10 @@ class Replayer:
                 stack.enter_context(self._swapped(tensors))
             if path and isinstance(path[0], Inner):
                 return path[0].output(lambda: self.model(*call.args, **call.kwargs))
-            return follow(self.model(*call.args, **call.kwargs), path)
+            returned = self.model(*call.args, **call.kwargs)
+            if kept is not None:
+                kept[id(call)] = returned
+            return follow(returned, path)
 
     def kept_buffers(self) -> contextlib.AbstractContextManager[None]:
         """Inside, buffers may change; afterwards they are as before."""

@@ -141,22 +141,30 @@ def _hessian_product(
             # looks linear, and leaves no trace in the graph.
             seed = torch.ones_like(loss).requires_grad_()
             (gradient,) = torch.autograd.grad(loss, x, seed, create_graph=True)
-
-            def product(v: Tensor) -> Tensor:
-                (Hv,) = torch.autograd.grad(
-                    gradient, x, v, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
-                return Hv
-
-            product(torch.zeros_like(x))
             if ends_in_an_error(gradient.grad_fn):
                 raise RuntimeError("a function in it is marked once_differentiable")
         except RuntimeError as error:
-            raise UnsupportedError(
-                f"{name} cannot be differentiated twice in the output ({error}). "
-                + _way_out("a criterion that can be")
-            ) from error
+            raise _once(name, error) from error
+
+        def product(v: Tensor) -> Tensor:
+            try:
+                (Hv,) = torch.autograd.grad(
+                    gradient, x, v, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise _once(name, error) from error
+            return Hv
+
         yield product
+
+
+def _once(name: str, error: RuntimeError) -> UnsupportedError:
+    return UnsupportedError(
+        f"{name} cannot be differentiated twice in the output ({error}). "
+        + _way_out("a criterion that can be")
+    )
 
 
 def ends_in_an_error(node: Node | None) -> bool:
