@@ -63,6 +63,7 @@ ADAPT_EVERY = 5  # steps between decisions on λ, which cost a forward pass
 REFINED_DROP = 0.5  # of λ a step, where the model is all but solved in every one
 EARLY = 20  # normalised steps that change so much that noise above zero says nothing
 STALLED = 0.02  # of the loss: a Newton step that gains less counts its noise for more
+RISEN = 0.25  # of what the model promised of one of the first steps: no more may be lost in it
 FAR_WORSE = 0.1  # of the loss's unit: what a normalised step may lose and not be tried shorter
 GLIMPSE = 1e-4  # the pace at which a network's outputs are as good as linear in its step
 UNKEPT = 0.25  # of what the model promised of a normalised step: with less, the loss's own bend
@@ -394,7 +395,7 @@ class Planner:
         # One step on one batch may well be uphill where it is noise; not by so much.
         most = max(abs(before), FAR_WORSE * weight_of(parts))
         if self.pace.steps <= self.pacing.first and promised < 0:
-            most = -promised
+            most = -RISEN * promised
         return change <= most
 
     def _refined_step(
