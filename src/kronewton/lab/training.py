@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import time
 from collections.abc import Hashable, Iterator, Mapping
@@ -81,6 +82,11 @@ def start(task: Task, rival: Rival, setting: Setting, seed: int, device: torch.d
         )
     criteria = problem.terms or (problem.criterion,)
     optimizer = rival.make(problem.model, criteria, setting)
+    # Python's collector looks through all records of all runs so far, a fifth of a second in the
+    # middle of whoever's step: what is there already is left out.
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
     return Run(task, problem, rival, setting, seed, optimizer)
 
 
