@@ -342,6 +342,33 @@ class TwoOutputs(nn.Module):
         return y, y.square()
 
 
+class OneInside(nn.Module):
+    """Has a criterion of its own, beside the user's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.inner = nn.Linear(20, 20), nn.MSELoss()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.body(x)
+        return y.tanh(), self.inner(y, x)
+
+
+def test_a_criterion_inside_the_model_and_one_outside_are_both_tried() -> None:
+    torch.manual_seed(0)
+    model, outer = OneInside(), nn.MSELoss()
+    optimizer = kn.KFAC(model, (model.inner, outer), basis="adam")
+    x, y = torch.randn(64, 20), torch.rand(64, 20)
+    for _ in range(3):
+        optimizer.zero_grad()
+        output, inner = model(x)
+        (inner + outer(output, y)).backward()
+        optimizer.step()
+    assert optimizer.diagnostics()["skipped"] == 0
+    assert optimizer._planner is not None
+    assert optimizer._planner.noise == 0  # what was tried is the loss that came
+
+
 def test_a_model_with_two_criteria_is_run_once_for_a_trial(monkeypatch) -> None:
     torch.manual_seed(0)
     model, first, second = TwoOutputs(), nn.MSELoss(), nn.SmoothL1Loss()

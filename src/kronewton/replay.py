@@ -201,9 +201,11 @@ class Replayer:
         """The output at `path` of the model on the call's arguments, with `tensors` as parameters.
 
         Without tensors the parameters are those that the model has now. kept: what was returned,
-        by the id of its call; a call that is among them is not run again.
+        by the id of its call; a call that is among them is not run again, but for what a criterion
+        inside the model is given.
         """
-        if kept is not None and id(call) in kept:
+        inner = path[0] if path and isinstance(path[0], Inner) else None
+        if inner is None and kept is not None and id(call) in kept:
             return follow(kept[id(call)], path)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_kept_buffers(self._buffers, call.buffers))
@@ -216,8 +218,8 @@ class Replayer:
                 stack.enter_context(self._mode(call.training))
             if tensors is not None:
                 stack.enter_context(self._swapped(tensors))
-            if path and isinstance(path[0], Inner):
-                return path[0].output(lambda: self.model(*call.args, **call.kwargs))
+            if inner is not None:
+                return inner.output(lambda: self.model(*call.args, **call.kwargs))
             returned = self.model(*call.args, **call.kwargs)
             if kept is not None:
                 kept[id(call)] = returned
