@@ -12,9 +12,16 @@ import kronewton as kn
 from kronewton.adapt import Pace, Settings
 from kronewton.batches import Batches
 from kronewton.plan import Plan
-from kronewton.planner import EARLY, RAISE, Planner
+from kronewton.planner import EARLY, RAISE, RISEN, Planner
 from kronewton.quadratic import flattened
-from kronewton.renewals import CALM_RENEWALS, DECAY, QUIET_DECAY, RENEWALS
+from kronewton.renewals import (
+    CALM_RENEWALS,
+    DECAY,
+    QUIET_DECAY,
+    RENEWALS,
+    decay,
+    intervals,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -308,6 +315,29 @@ def test_renewals_are_seldom_where_they_take_longer_than_the_steps_between(
         if optimizer._curvature.inverses["0"] is not basis:
             bases.append(step)
     assert (factors, bases) == steps
+
+
+def test_dear_factors_are_no_more_often_renewed_where_bases_rest_and_remember_as_long() -> None:
+    options = planner_of().options
+    assert intervals("normalised", 0.1, options) == CALM_RENEWALS
+    assert intervals("normalised, dear", 0.1, options) == RENEWALS["normalised, dear"]
+    assert decay("normalised, dear", options) == decay("normalised", options) == DECAY**2
+    assert decay("early, dear", options) == decay("early", options) == DECAY
+
+
+@pytest.mark.parametrize("c", [1.0, 1e3])
+def test_a_first_step_may_lose_a_share_of_its_promise_and_a_later_one_the_loss(c: float) -> None:
+    planner, most = planner_of(), RISEN * 4 * c
+    assert 0 < RISEN < 1
+    for steps, change, allowed in (
+        (1, 0.9 * most, True),
+        (1, 1.1 * most, False),
+        (planner.pacing.first, 1.1 * most, False),
+        (planner.pacing.first + 1, 1.1 * most, True),
+        (planner.pacing.first + 1, 10.1 * c, False),
+    ):
+        planner.pace = Pace(steps=steps)
+        assert planner._loss_allows(change, -4 * c, 10 * c, []) == allowed
 
 
 @pytest.mark.parametrize("basis", ["auto", "adam"])
