@@ -56,6 +56,16 @@ def test_a_first_basis_is_the_eigenbasis():
     torch.testing.assert_close(found.s, exact.s)
 
 
+def test_a_basis_that_is_known_to_have_drifted_is_not_asked_and_stays_where_it_is_not_worth_it():
+    one = product()
+    old = eigen_basis(one.Q, one.P, "layer")
+    assert renewed(one, old, "layer").U_A is old.U_A  # it has not drifted
+    new = Renewal(one, old, "layer", (True, False), drifted=True)
+    assert new.basis().U_A is not old.U_A
+    assert new.basis().U_B is old.U_B
+    assert new.moved(new.basis()) == [True]
+
+
 def test_drift_is_that_of_all_coordinates_of_a_small_matrix():
     M, U = correlated(12, 3), torch.linalg.qr(correlated(12, 4)).Q
     s = (U.T @ M @ U).diagonal()

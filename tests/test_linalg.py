@@ -10,7 +10,15 @@ from torch import Tensor
 
 from kronewton import linalg
 from kronewton.errors import NotPositiveDefinite
-from kronewton.linalg import damped_inverse, iterated_eigen, second_moment, symmetric_eigen
+from kronewton.linalg import (
+    HALF,
+    damped_inverse,
+    iterated_eigen,
+    multiplies_in_half,
+    rough_dtype,
+    second_moment,
+    symmetric_eigen,
+)
 from kronewton.structure import kronecker_apply
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -239,3 +247,30 @@ def test_jitter_grows_until_cholesky_succeeds(monkeypatch):
     inverse = damped_inverse(torch.eye(2), 0.0, "A")
     assert added == pytest.approx([0.0, *linalg.JITTERS[:4]], abs=1e-12)
     torch.testing.assert_close(inverse, torch.eye(2) / (1 + linalg.JITTERS[3]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "products", "units", "wanted"),
+    [
+        (torch.float32, "cpu", HALF, True, torch.bfloat16),
+        (torch.float32, "cpu", HALF - 1, True, torch.float32),
+        (torch.float32, "cpu", HALF, False, torch.float32),
+        (torch.float32, "cuda", HALF, True, torch.float32),
+        (torch.float64, "cpu", HALF, True, torch.float64),
+    ],
+)
+def test_products_are_rough_where_that_is_faster_and_never_of_float64(
+    dtype, device, products, units, wanted, monkeypatch
+):
+    monkeypatch.setattr(linalg, "multiplies_in_half", lambda: units)
+    assert rough_dtype(dtype, torch.device(device), products) == wanted
+
+
+@pytest.mark.parametrize("units", ["avx512_bf16", "amx_bf16", None])
+def test_what_a_cpu_can_do_is_asked_of_torch_where_it_knows(units, monkeypatch):
+    told = {"avx2": True, "avx512_bf16": False, "amx_bf16": False}
+    told |= {units: True} if units else {}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
+    assert multiplies_in_half.__wrapped__() == bool(units)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not multiplies_in_half.__wrapped__()

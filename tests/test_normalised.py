@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
 import kronewton as kn
 from kronewton.adapt import Fixed, LevenbergMarquardt, Pace, Pacing, Settings
@@ -149,6 +150,77 @@ def test_with_more_rounds_it_is_the_polar_factor_in_direction(monkeypatch):
     found, exact = orthogonalised([M])[0], polar(M)
     cosine = float((found * exact).sum() / found.norm() / exact.norm())
     assert cosine > 0.97  # values go around one between 0.7 and 1.2
+
+
+@pytest.fixture
+def in_half(monkeypatch):
+    """Products of any size whose result may be rough are made in bfloat16."""
+    monkeypatch.setattr("kronewton.linalg.HALF", 0)
+    monkeypatch.setattr("kronewton.linalg.multiplies_in_half", lambda: True)
+
+
+@pytest.mark.parametrize("shape", [(16, 20), (16, 40), (40, 16), (2, 16, 24)])
+def test_rounds_in_half_precision_are_those_in_full_to_its_rounding(shape, in_half):
+    """As the exact ones of float64, of which none are in half precision."""
+    M = drawn(*shape)
+    exact, (found,) = orthogonalised([M])[0], orthogonalised([M.float()])
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.norm(dim=(-2, -1)), M.float().norm(dim=(-2, -1)))
+    assert 1e-4 < float((found - exact).norm() / exact.norm()) < 0.02
+
+
+def test_a_basis_is_left_roughly_where_that_is_asked_for_alone(in_half):
+    A, B, G = drawn(24, 24).float(), drawn(18, 18).float(), drawn(18, 24).float()
+    basis = eigen_basis(A @ A.T, B @ B.T, "layer")
+    exact, rough = basis.rotate_back(G), basis.rotate_back(G, rough=True)
+    torch.testing.assert_close(exact, basis.U_B @ G @ basis.U_A.T)
+    assert 1e-4 < float((rough - exact).norm() / exact.norm()) < 5e-3
+    assert basis.rotate_back(G.double(), rough=True).dtype == torch.float64
+
+
+@pytest.mark.parametrize("sides", [Sides(DENSE, DIAGONAL), Sides(DIAGONAL, DENSE),
+                                   Sides(Blocks(8, 24), DENSE)])  # fmt: skip
+def test_every_structure_is_left_roughly(sides, in_half):
+    A, B, G = drawn(24, 24).float(), drawn(18, 18).float(), drawn(18, 24).float()
+    A, B = sides.input.of_dense(A @ A.T), sides.output.of_dense(B @ B.T)
+    basis = eigen_basis(A, B, "layer", sides)
+    exact, rough = basis.rotate_back(G), basis.rotate_back(G, rough=True)
+    assert rough.dtype == torch.float32
+    assert 1e-4 < float((rough - exact).norm() / exact.norm()) < 5e-3
+
+
+@pytest.mark.parametrize("units", [False, True])
+def test_rounds_that_take_half_the_time_are_for_layers_of_half_the_rows(units, monkeypatch):
+    monkeypatch.setattr("kronewton.linalg.HALF", 0)
+    monkeypatch.setattr("kronewton.linalg.multiplies_in_half", lambda: units)
+    M = drawn(16, 16).float()
+    for rows, wanted in ((18, True), (17, units), (9, units), (8, False)):
+        assert flattenable(M, Sides(), rows) == wanted
+
+
+def test_a_training_in_half_precision_goes_the_same_way(monkeypatch):
+    """Steps of one gradient differ by rounding, and no loss by much."""
+    steps, losses = [], []
+    monkeypatch.setattr("kronewton.linalg.HALF", 0)
+    for units in (False, True):
+        monkeypatch.setattr("kronewton.linalg.multiplies_in_half", lambda units=units: units)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 20)).float()
+        criterion = nn.MSELoss()
+        optimizer = kn.KFAC(model, criterion, basis="orthogonal")
+        before = parameters_to_vector(model.parameters()).detach().clone()
+        for step in range(30):
+            x = torch.randn(256, 20, generator=torch.Generator().manual_seed(step)).float()
+            optimizer.zero_grad()
+            loss = criterion(model(x), x.roll(1, 1))
+            loss.backward()
+            optimizer.step()
+            if step == 0:
+                steps.append(parameters_to_vector(model.parameters()).detach() - before)
+        losses.append(float(loss.detach()))
+    assert 1e-5 < float((steps[0] - steps[1]).norm() / steps[0].norm()) < 0.02
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+    assert losses[0] < 0.5
 
 
 def power(M: Tensor, exponent: float) -> Tensor:
@@ -999,7 +1071,7 @@ def test_captures_learn_from_all_quarters_of_a_batch_in_turn(monkeypatch):
         "kronewton.curvature.thinned",
         lambda seen, rows, turn, reduce: turns.append(turn) or real(seen, rows, turn, reduce),
     )
-    training(61, noisy, basis="adam")
+    training(121, noisy, basis="adam")
     assert {turn % 4 for turn in turns} == {0, 1, 2, 3}
 
 

@@ -280,8 +280,8 @@ class Widened(nn.Module):
         return x.float()
 
 
-DEAR = [0, 4, 16, 20, 40], [0, 4, 16, 20, 40]  # factors and bases
-LEAPT = [0, 1, 4, 16, 20, 40], [0, 1, 4, 16, 20, 40]
+DEAR = [0, 4, 16, 40], [0, 4, 16, 40]  # factors and bases
+LEAPT = [0, 1, 4, 16, 40], [0, 1, 4, 16, 40]
 CHEAP = [0, 1, 2, 4, 8, 12, 16, 24, 32, 40], [0, 1, 2, 4, 8, 16, 20, 40]
 
 

@@ -64,7 +64,7 @@ class Renewal:
 
     worth: whether a new one is worth its price, of the input's side and of the output's.
     rows: as how many the factors' mean is as good, a number or a tensor (), for what looks like a
-    correlation and is chance.
+    correlation and is chance. drifted: that the old one has is known, and need not be asked.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Renewal:
         name: str,
         worth: Sequence[bool] = (True, True),
         rows: Tensor | float = math.inf,
+        drifted: bool = False,
     ) -> None:
         self.old, self.worth = old, worth
         of_input = of_output = None
@@ -90,6 +91,7 @@ class Renewal:
             f"the input factor A of layer '{name}'",
             worth[0],
             rows,
+            drifted,
         )
         self.of_output = _side(
             product.P,
@@ -99,6 +101,7 @@ class Renewal:
             f"the gradient factor B of layer '{name}'",
             worth[1],
             rows,
+            drifted,
             ASKED,
         )
 
@@ -172,6 +175,7 @@ def _side(
     what: str,
     worth: bool,
     rows: Tensor | float,
+    drifted: bool,
     least: int = SMALL + 1,
 ) -> Side:
     """How the basis of a side is stored, and what it is where that is known.
@@ -187,7 +191,8 @@ def _side(
     if asked and structure != DIAGONAL and finite(diagonal):
         if d == 1:  # as of a normalisation's inputs
             return _axes(diagonal, what)
-        old, parts = (None, None) if small else (old, parts)
+        old = None if small or (worth and drifted) else old
+        parts = None if small else parts
         simplest = None
         if old is not None and (old[0] == structure or (dense and isinstance(old[0], Blocks))):
             before, U, s = old

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kronewton.linalg import rough_dtype
 from kronewton.structure import DIAGONAL, PLAIN, Sides, in_parts, kronecker_apply
 
 METRIC = 0.25  # the power of each factor that a step is orthogonalised in: 0 Muon's, ½ Newton's
@@ -95,10 +96,16 @@ class EigenInverse(Inverse):
         on_input, on_output = self.sides
         return on_input.rotate_rows(on_output.rotate(self.U_B, G), self.U_A)
 
-    def rotate_back(self, G: Tensor) -> Tensor:
-        """U_B G U_A'."""
+    def rotate_back(self, G: Tensor, rough: bool = False) -> Tensor:
+        """U_B G U_A'. rough: in half precision where that is faster, to 0.3 % of the length."""
         on_input, on_output = self.sides
-        return on_input.rotate_rows_back(on_output.rotate_back(self.U_B, G), self.U_A)
+        U_A, U_B = self.basis
+        if rough:
+            most = G.numel() * max(U.shape[-1] for U in self.basis)  # none along a side's own axes
+            dtype = rough_dtype(G.dtype, G.device, most)
+            rows = on_output.rotate_back(U_B.to(dtype), G.to(dtype))
+            return on_input.rotate_rows_back(rows, U_A.to(dtype)).to(G.dtype)
+        return on_input.rotate_rows_back(on_output.rotate_back(U_B, G), U_A)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"U_A": self.U_A, "U_B": self.U_B, "s": self.s}

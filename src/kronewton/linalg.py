@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from kronewton.errors import NotPositiveDefinite
 
 LEAST_EIGENVALUE = 1e-4  # of the mean: columns with less are not told apart by iteration
 AFRESH, AGAIN = 4, 2  # rounds from the axes, and from a basis
+HALF = 2**24  # multiplications in a product, from which half precision pays
 JITTERS = (0.0, 1e-9, 1e-7, 1e-5, 1e-3)  # added to the diagonal, relative to its mean
 
 
@@ -114,6 +116,22 @@ def _with_diagonal(matrix: Tensor, value: Tensor | float) -> Tensor:
 def diagonal(matrix: Tensor) -> Tensor:
     """The diagonals of (…, d, d) as a view (…, d)."""
     return matrix.diagonal(dim1=-2, dim2=-1)
+
+
+def rough_dtype(dtype: torch.dtype, device: torch.device, products: int) -> torch.dtype:
+    """The precision for products whose result may be rough: bfloat16 where it takes half the time.
+
+    products: multiplications in each. Never of what is float64.
+    """
+    apt = dtype == torch.float32 and device.type == "cpu" and products >= HALF
+    return torch.bfloat16 if apt and multiplies_in_half() else dtype
+
+
+@cache
+def multiplies_in_half() -> bool:
+    """Whether this machine's CPU has units for products in bfloat16."""
+    told: Mapping[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # not in old torch
+    return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kronewton.inverse import EigenInverse
-from kronewton.linalg import diagonal
+from kronewton.linalg import diagonal, rough_dtype
 from kronewton.structure import DENSE, DIAGONAL, Sides, Structure, in_parts
 
 FIRST_DECAY, SECOND_DECAY = 0.85, 0.95
@@ -144,10 +144,18 @@ def flattenable(step: Tensor, sides: Sides, rows: int) -> bool:
     d_out, d_in = step.shape[-2:]
     shorter = sides.output if d_out <= d_in else sides.input
     apt = DIAGONAL not in sides and min(d_out, d_in) >= LEAST_SIDE and shorter == DENSE
-    return apt and price_of_rounds(d_out, d_in) <= PAYS * 6 * rows * d_out * d_in
+    price = price_of_rounds(d_out, d_in)
+    price /= 1 if _rough_dtype(step) == step.dtype else 2
+    return apt and price <= PAYS * 6 * rows * d_out * d_in
 
 
-def price_of_rounds(d_out: int, d_in: int) -> int:
+def _rough_dtype(X: Tensor) -> torch.dtype:
+    """The precision of the rounds of a matrix, or of several, (…, m, n)."""
+    products = min(X.shape[-2:]) * X.shape[-2] * X.shape[-1]
+    return rough_dtype(X.dtype, X.device, products)
+
+
+def price_of_rounds(d_out: int, d_in: int) -> float:
     """Operations that it takes to orthogonalise a matrix."""
     m, n = sorted((d_out, d_in))
     squared = 4 * m * m * n + (6 * ROUNDS) * m**3
@@ -171,25 +179,30 @@ def orthogonalised(
     for same in alike.values():
         most = max(1, TOGETHER // steps[same[0]].numel())
         for some in (same[k : k + most] for k in range(0, len(same), most)):
-            shape = (len(some), *_wide(steps[some[0]]).shape)
-            X = torch.stack([_wide(steps[i]) for i in some]).flatten(0, -3)  # (k, m, n), m ≤ n
-            length = _length(X)
-            X = X / length.clamp_min(TINY)
+            wide = [_wide(steps[i]) for i in some]
+            X = _one(wide)
             W = _together([_wide_weights(steps[i], weights[i]) for i in some]) if weights else ()
-            if W:
-                X = weighted(X, W)
-            flat = _in_rounds(X)
+            length = _length(X)
+            for one in W:
+                X = X * one
+            flat = _in_rounds(X / (_length(X) if W else length).clamp_min(TINY))
             for one in W:
                 flat *= one
             flat *= length / _length(flat).clamp_min_(TINY)
-            for i, made in zip(some, flat.reshape(shape).unbind(), strict=True):
+            for i, made in zip(some, flat.reshape(len(some), *wide[0].shape), strict=True):
                 found[i] = made if steps[i].shape == made.shape else made.mT
     return found
 
 
 def _together(weights: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
     """The weights of several matrices as those of a batch of them."""
-    return tuple(torch.stack(side).flatten(0, -3) for side in zip(*weights, strict=True))
+    return tuple(_one(side) for side in zip(*weights, strict=True))
+
+
+def _one(tensors: Sequence[Tensor]) -> Tensor:
+    """Matrices, or batches of them, of one shape (…, m, n) as one batch (k, m, n)."""
+    alone = len(tensors) == 1
+    return (tensors[0].unsqueeze(0) if alone else torch.stack(list(tensors))).flatten(0, -3)
 
 
 def _length(X: Tensor) -> Tensor:
@@ -198,22 +211,31 @@ def _length(X: Tensor) -> Tensor:
 
 
 def _in_rounds(X: Tensor) -> Tensor:
-    """Wide matrices (k, m, n), no longer than one, with singular values near one."""
+    """Wide matrices (k, m, n), no longer than one, with singular values near one.
+
+    Where that is faster in half precision, as in Jordan et al.: polar is not met by much more.
+    """
+    given = X.dtype
+    X = X.to(_rough_dtype(X))
     first, third, fifth = QUINTIC
-    gram, factors = X @ X.mT, []
     squared = X.shape[-1] >= WIDE * X.shape[-2]  # fewer products are with X itself
+    gram, factor = torch.bmm(X, X.mT), None
     for k in range(ROUNDS):
-        Q = torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth)
-        diagonal(Q).add_(first)
-        if squared:
-            factors.append(Q)
-            gram = Q @ gram @ Q if k + 1 < ROUNDS else gram
+        Q = torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth)  # and first·I
+        last = k + 1 == ROUNDS
+        if not squared:
+            X = torch.baddbmm(X, Q, X, beta=first)
+            gram = gram if last else torch.bmm(X, X.mT)
+            continue
+        if not last:
+            gram = torch.baddbmm(gram, Q, gram, beta=first)
+            gram = torch.baddbmm(gram, gram, Q, beta=first)
+        if factor is None:
+            factor = Q
+            diagonal(factor).add_(first)
         else:
-            X = Q @ X
-            gram = X @ X.mT if k + 1 < ROUNDS else gram
-    for Q in factors[1:]:
-        factors[0] = Q @ factors[0]
-    return factors[0] @ X if squared else X
+            factor = torch.baddbmm(factor, Q, factor, beta=first)
+    return (X if factor is None else torch.bmm(factor, X)).to(given)
 
 
 def _wide(step: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from kronewton.options import Options
 RENEWALS = {  # steps between renewals of factors and of inverses, by what is known of the noise
     "early": (4, 20),  # a second moment is only as good as the basis that it is taken in
     "normalised": (8, 20),
-    "early, dear": (20, 20),  # where that takes longer than the steps in between
-    "normalised, dear": (20, 20),
+    "early, dear": (40, 40),  # where that takes longer than the steps in between
+    "normalised, dear": (40, 40),
     "noise": (10, 40),  # averages have to run over many batches anyway
     "unknown": (5, 20),
     "none": (2, 10),
