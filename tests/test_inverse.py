@@ -225,13 +225,13 @@ def test_lapack_that_gives_up_in_float32_changes_nothing_but_rounding(basis, mon
 
 def test_due_at_powers_and_then_every_so_many_steps():
     assert [s for s in range(45) if due(s, 20)] == [0, 1, 2, 4, 8, 16, 20, 40]
-    assert [s for s in range(45) if due(s, 20, SELDOM)] == [0, 4, 16, 20, 40]
-    assert [s for s in range(45) if due(s, 20, SELDOM | {1})] == [0, 1, 4, 16, 20, 40]
+    assert [s for s in range(101) if due(s, 50, SELDOM)] == [0, 5, 25, 50, 100]
+    assert [s for s in range(101) if due(s, 50, SELDOM | {1})] == [0, 1, 5, 25, 50, 100]
     assert all(due(s, 1) for s in range(5))
 
 
 def test_renewals_have_their_places_one_after_the_other():
-    assert [turn_of(s, 20) for s in range(45) if due(s, 20, SELDOM)] == [0, 1, 2, 1, 2]
+    assert [turn_of(s, 50) for s in range(151) if due(s, 50, SELDOM)] == [0, 1, 2, 1, 2, 3]
     assert [turn_of(s, 4) for s in range(21) if due(s, 4)] == [0, 0, 1, 1, 2, 3, 4, 5]
 
 

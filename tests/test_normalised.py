@@ -1071,7 +1071,7 @@ def test_captures_learn_from_all_quarters_of_a_batch_in_turn(monkeypatch):
         "kronewton.curvature.thinned",
         lambda seen, rows, turn, reduce: turns.append(turn) or real(seen, rows, turn, reduce),
     )
-    training(121, noisy, basis="adam")
+    training(151, noisy, basis="adam")
     assert {turn % 4 for turn in turns} == {0, 1, 2, 3}
 
 

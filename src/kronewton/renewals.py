@@ -9,8 +9,8 @@ from kronewton.options import Options
 RENEWALS = {  # steps between renewals of factors and of inverses, by what is known of the noise
     "early": (4, 20),  # a second moment is only as good as the basis that it is taken in
     "normalised": (8, 20),
-    "early, dear": (40, 40),  # where that takes longer than the steps in between
-    "normalised, dear": (40, 40),
+    "early, dear": (50, 50),  # where that takes longer than the steps in between
+    "normalised, dear": (50, 50),
     "noise": (10, 40),  # averages have to run over many batches anyway
     "unknown": (5, 20),
     "none": (2, 10),
@@ -21,7 +21,7 @@ ROWS = 256  # of a layer, that are enough of a batch where factors run over many
 DECAY, QUIET_DECAY = 0.95, 0.5  # of running factors, where averages make up for noise and not
 # Renewals in the first steps: averages of a few batches change fast. By their price.
 OFTEN = frozenset(2**k for k in range(32))
-SELDOM = frozenset(4**k for k in range(1, 16))
+SELDOM = frozenset(5**k for k in range(1, 16))
 
 
 def intervals(known: str, restless: float, options: Options) -> tuple[int, int]:
