@@ -13,6 +13,7 @@ from kronewton import KFAC, structure
 from kronewton.drift import (
     ASKED,
     INDEPENDENT,
+    RAREST,
     SMALL,
     TOLERATED,
     Renewal,
@@ -54,16 +55,6 @@ def test_a_first_basis_is_the_eigenbasis():
     assert found.U_A.equal(exact.U_A)
     assert found.U_B.equal(exact.U_B)
     torch.testing.assert_close(found.s, exact.s)
-
-
-def test_a_basis_that_is_known_to_have_drifted_is_not_asked_and_stays_where_it_is_not_worth_it():
-    one = product()
-    old = eigen_basis(one.Q, one.P, "layer")
-    assert renewed(one, old, "layer").U_A is old.U_A  # it has not drifted
-    new = Renewal(one, old, "layer", (True, False), drifted=True)
-    assert new.basis().U_A is not old.U_A
-    assert new.basis().U_B is old.U_B
-    assert new.moved(new.basis()) == [True]
 
 
 def test_drift_is_that_of_all_coordinates_of_a_small_matrix():
@@ -342,7 +333,11 @@ def test_bases_are_renewed_as_often_as_they_pay():
     assert all(pays(cheap, math.inf, step, 10) for step in (0, 1, 2, 4, 8, *times))
     assert not any(pays(dear, math.inf, step, 10) for step in (1, 2, 4, 8))
     found = [step for step in times if pays(dear, math.inf, step, 10)]
-    assert found == [0, *range(500, 4000, 500)]
+    assert found == [0, *range(820, 4000, 820)]  # three times as many as it costs
+    for every in (10, 50):  # whatever it costs
+        times = range(0, 4000, every)
+        found = [step for step in times if pays(10 * dear, math.inf, step, every)]
+        assert found == [0, *range(RAREST, 4000, RAREST)]
     some = [step for step in (0, 1, 2, 4, 8) if pays(dear, 15.0, step, 10)]  # the earlier, the more
     assert some == [0, 1, 2]
 

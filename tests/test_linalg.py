@@ -264,6 +264,8 @@ def test_products_are_rough_where_that_is_faster_and_never_of_float64(
 ):
     monkeypatch.setattr(linalg, "multiplies_in_half", lambda: units)
     assert rough_dtype(dtype, torch.device(device), products) == wanted
+    monkeypatch.setattr(linalg.torch.backends.mkldnn, "enabled", False)  # and bfloat16 is slow
+    assert rough_dtype(dtype, torch.device(device), products) == dtype
 
 
 @pytest.mark.parametrize("units", ["avx512_bf16", "amx_bf16", None])
@@ -272,5 +274,8 @@ def test_what_a_cpu_can_do_is_asked_of_torch_where_it_knows(units, monkeypatch):
     told |= {units: True} if units else {}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
     assert multiplies_in_half.__wrapped__() == bool(units)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        assert not multiplies_in_half.__wrapped__()
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert not multiplies_in_half.__wrapped__()

@@ -175,11 +175,13 @@ def test_a_basis_is_left_roughly_where_that_is_asked_for_alone(in_half):
     exact, rough = basis.rotate_back(G), basis.rotate_back(G, rough=True)
     torch.testing.assert_close(exact, basis.U_B @ G @ basis.U_A.T)
     assert 1e-4 < float((rough - exact).norm() / exact.norm()) < 5e-3
-    assert basis.rotate_back(G.double(), rough=True).dtype == torch.float64
+    wide = eigen_basis((A @ A.T).double(), (B @ B.T).double(), "layer")
+    assert wide.rotate_back(G.double(), rough=True).equal(wide.rotate_back(G.double()))
 
 
 @pytest.mark.parametrize("sides", [Sides(DENSE, DIAGONAL), Sides(DIAGONAL, DENSE),
-                                   Sides(Blocks(8, 24), DENSE)])  # fmt: skip
+                                   Sides(Blocks(8, 24), DENSE),
+                                   Sides(Blocks(7, 24), Blocks(5, 18))])  # fmt: skip
 def test_every_structure_is_left_roughly(sides, in_half):
     A, B, G = drawn(24, 24).float(), drawn(18, 18).float(), drawn(18, 24).float()
     A, B = sides.input.of_dense(A @ A.T), sides.output.of_dense(B @ B.T)
@@ -196,6 +198,25 @@ def test_rounds_that_take_half_the_time_are_for_layers_of_half_the_rows(units, m
     M = drawn(16, 16).float()
     for rows, wanted in ((18, True), (17, units), (9, units), (8, False)):
         assert flattenable(M, Sides(), rows) == wanted
+    # Of parts that are too small for it each: 48·16² is above 16³.
+    monkeypatch.setattr("kronewton.linalg.HALF", 16**3 + 1)
+    tall, sides = drawn(48, 16).float(), Sides(DENSE, Blocks(16, 48))
+    assert flattenable(tall, Sides(), 9) == units
+    assert not flattenable(tall, sides, 9)
+
+
+def test_steps_are_rotated_back_roughly_and_gradients_are_not_turned_so(monkeypatch):
+    seen, real = [], EigenInverse.rotate_back
+    monkeypatch.setattr(
+        EigenInverse,
+        "rotate_back",
+        lambda self, G, rough=False: seen.append(rough) or real(self, G, rough),
+    )
+    training(3, noisy, basis="orthogonal")
+    assert set(seen) == {True}
+    seen.clear()
+    training(3, noisy, basis="eigen")  # Newton's
+    assert set(seen) == {False}
 
 
 def test_a_training_in_half_precision_goes_the_same_way(monkeypatch):

@@ -408,8 +408,7 @@ class Curvature:
         most = self._prices_of_all()[0] if min(one.Q.shape[-1], one.P.shape[-1]) > 1 else math.inf
         worth = [pays(price(M, work), most, *turn) for M in (one.Q, one.P)]
         rows = math.inf if len(products) == 2 else self.factors[self.terms(name)[0]].rows
-        # In the first steps factors change so much that asking would be all for nothing.
-        return Renewal(one, self._eigen(name), name, worth, rows, drifted=turn[0] < turn[1])
+        return Renewal(one, self._eigen(name), name, worth, rows)
 
     def _work(self, name: str) -> int:
         """Multiplications in a layer for a batch, forward and backward."""

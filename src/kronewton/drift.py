@@ -31,7 +31,7 @@ TOGETHER = 2**22  # numbers in matrices whose eigenvectors are found together
 EIGEN = 4  # products of d×d matrices, that an eigendecomposition costs as much as
 AT_LEAST = 2e7  # multiplications, in whose time a layer is renewed however small it is
 EARLY = 40  # runs that bases may cost in the first steps, the later of them the less
-RAREST = 50  # dues of a basis, of which one at least is heard
+RAREST = 1000  # steps between renewals of a basis, at most
 PAYS = 3  # runs that are to cost as much as the new basis in one of them
 
 
@@ -64,7 +64,7 @@ class Renewal:
 
     worth: whether a new one is worth its price, of the input's side and of the output's.
     rows: as how many the factors' mean is as good, a number or a tensor (), for what looks like a
-    correlation and is chance. drifted: that the old one has is known, and need not be asked.
+    correlation and is chance.
     """
 
     def __init__(
@@ -74,7 +74,6 @@ class Renewal:
         name: str,
         worth: Sequence[bool] = (True, True),
         rows: Tensor | float = math.inf,
-        drifted: bool = False,
     ) -> None:
         self.old, self.worth = old, worth
         of_input = of_output = None
@@ -91,7 +90,6 @@ class Renewal:
             f"the input factor A of layer '{name}'",
             worth[0],
             rows,
-            drifted,
         )
         self.of_output = _side(
             product.P,
@@ -101,7 +99,6 @@ class Renewal:
             f"the gradient factor B of layer '{name}'",
             worth[1],
             rows,
-            drifted,
             ASKED,
         )
 
@@ -175,7 +172,6 @@ def _side(
     what: str,
     worth: bool,
     rows: Tensor | float,
-    drifted: bool,
     least: int = SMALL + 1,
 ) -> Side:
     """How the basis of a side is stored, and what it is where that is known.
@@ -191,8 +187,7 @@ def _side(
     if asked and structure != DIAGONAL and finite(diagonal):
         if d == 1:  # as of a normalisation's inputs
             return _axes(diagonal, what)
-        old = None if small or (worth and drifted) else old
-        parts = None if small else parts
+        old, parts = (None, None) if small else (old, parts)
         simplest = None
         if old is not None and (old[0] == structure or (dense and isinstance(old[0], Blocks))):
             before, U, s = old
@@ -269,5 +264,5 @@ def pays(own: float, of_all: float, step: int, every: int) -> bool:
     """
     if step < every:
         return step * min(own, of_all) <= EARLY
-    times = min(math.ceil(PAYS * own / every), RAREST)
+    times = min(math.ceil(PAYS * own / every), RAREST // every)
     return step // every % max(1, times) == 0

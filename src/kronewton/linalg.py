@@ -124,14 +124,16 @@ def rough_dtype(dtype: torch.dtype, device: torch.device, products: int) -> torc
     products: multiplications in each. Never of what is float64.
     """
     apt = dtype == torch.float32 and device.type == "cpu" and products >= HALF
-    return torch.bfloat16 if apt and multiplies_in_half() else dtype
+    apt = apt and bool(torch.backends.mkldnn.enabled) and multiplies_in_half()
+    return torch.bfloat16 if apt else dtype
 
 
 @cache
 def multiplies_in_half() -> bool:
-    """Whether this machine's CPU has units for products in bfloat16."""
+    """Whether this machine's CPU has units for products in bfloat16, and torch uses them."""
     told: Mapping[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # not in old torch
-    return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
+    has_units = told.get("avx512_bf16") or told.get("amx_bf16")
+    return bool(has_units and torch.backends.mkldnn.is_available())
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

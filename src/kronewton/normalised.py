@@ -144,9 +144,8 @@ def flattenable(step: Tensor, sides: Sides, rows: int) -> bool:
     d_out, d_in = step.shape[-2:]
     shorter = sides.output if d_out <= d_in else sides.input
     apt = DIAGONAL not in sides and min(d_out, d_in) >= LEAST_SIDE and shorter == DENSE
-    price = price_of_rounds(d_out, d_in)
-    price /= 1 if _rough_dtype(step) == step.dtype else 2
-    return apt and price <= PAYS * 6 * rows * d_out * d_in
+    share = 1 if _rough_dtype(in_parts(step, sides)) == step.dtype else 0.5
+    return apt and share * price_of_rounds(d_out, d_in) <= PAYS * 6 * rows * d_out * d_in
 
 
 def _rough_dtype(X: Tensor) -> torch.dtype:
@@ -155,7 +154,7 @@ def _rough_dtype(X: Tensor) -> torch.dtype:
     return rough_dtype(X.dtype, X.device, products)
 
 
-def price_of_rounds(d_out: int, d_in: int) -> float:
+def price_of_rounds(d_out: int, d_in: int) -> int:
     """Operations that it takes to orthogonalise a matrix."""
     m, n = sorted((d_out, d_in))
     squared = 4 * m * m * n + (6 * ROUNDS) * m**3
