@@ -97,7 +97,7 @@ class EigenInverse(Inverse):
         return on_input.rotate_rows(on_output.rotate(self.U_B, G), self.U_A)
 
     def rotate_back(self, G: Tensor, rough: bool = False) -> Tensor:
-        """U_B G U_A'. rough: in half precision where that is faster, to 0.3 % of the length."""
+        """U_B G U_A'. rough: in half precision where that is faster, to 0.4 % of the length."""
         on_input, on_output = self.sides
         U_A, U_B = self.basis
         most = G.numel() * max(U_A.shape[-1], U_B.shape[-1])  # none along a side's own axes
