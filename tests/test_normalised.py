@@ -193,16 +193,18 @@ def test_every_structure_is_left_roughly(sides, in_half):
 
 @pytest.mark.parametrize("units", [False, True])
 def test_rounds_that_take_half_the_time_are_for_layers_of_half_the_rows(units, monkeypatch):
+    monkeypatch.setattr("kronewton.normalised.HALVED", 16)
     monkeypatch.setattr("kronewton.linalg.HALF", 0)
     monkeypatch.setattr("kronewton.linalg.multiplies_in_half", lambda: units)
     M = drawn(16, 16).float()
     for rows, wanted in ((18, True), (17, units), (9, units), (8, False)):
         assert flattenable(M, Sides(), rows) == wanted
-    # Of parts that are too small for it each: 48·16² is above 16³.
-    monkeypatch.setattr("kronewton.linalg.HALF", 16**3 + 1)
+    # Of parts that are too small for it each.
     tall, sides = drawn(48, 16).float(), Sides(DENSE, Blocks(16, 48))
-    assert flattenable(tall, Sides(), 9) == units
+    assert flattenable(tall, sides, 9) == units
+    monkeypatch.setattr("kronewton.normalised.HALVED", 17)
     assert not flattenable(tall, sides, 9)
+    assert not flattenable(M, Sides(), 9)
 
 
 def test_steps_are_rotated_back_roughly_and_gradients_are_not_turned_so(monkeypatch):

@@ -14,7 +14,7 @@ from kronewton.errors import NotPositiveDefinite
 
 LEAST_EIGENVALUE = 1e-4  # of the mean: columns with less are not told apart by iteration
 AFRESH, AGAIN = 4, 2  # rounds from the axes, and from a basis
-HALF = 2**24  # multiplications in a product, from which half precision pays
+HALF = 2**22  # multiplications in a product, from which half precision pays for its casts
 JITTERS = (0.0, 1e-9, 1e-7, 1e-5, 1e-3)  # added to the diagonal, relative to its mean
 
 
@@ -119,7 +119,7 @@ def diagonal(matrix: Tensor) -> Tensor:
 
 
 def rough_dtype(dtype: torch.dtype, device: torch.device, products: int) -> torch.dtype:
-    """The precision for products whose result may be rough: bfloat16 where it takes half the time.
+    """The precision for products whose result may be rough: bfloat16 where it is faster.
 
     products: multiplications in each. Never of what is float64.
     """
