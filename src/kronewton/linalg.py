@@ -123,8 +123,8 @@ def rough_dtype(dtype: torch.dtype, device: torch.device, products: int) -> torc
 
     products: multiplications in each. Never of what is float64.
     """
-    apt = dtype == torch.float32 and device.type == "cpu" and products >= HALF
-    apt = apt and bool(torch.backends.mkldnn.enabled) and multiplies_in_half()
+    apt = products >= HALF and dtype == torch.float32 and device.type == "cpu"
+    apt = apt and multiplies_in_half() and bool(torch.backends.mkldnn.enabled)
     return torch.bfloat16 if apt else dtype
 
 

@@ -151,7 +151,7 @@ def flattenable(step: Tensor, sides: Sides, rows: int) -> bool:
 
 def _in_half_the_time(X: Tensor) -> bool:
     """Whether rounds of a matrix, or of several, (…, m, n), are so much faster than in float32."""
-    return _rough_dtype(X) != X.dtype and min(X.shape[-2:]) >= HALVED
+    return min(X.shape[-2:]) >= HALVED and _rough_dtype(X) != X.dtype
 
 
 def _rough_dtype(X: Tensor) -> torch.dtype:
