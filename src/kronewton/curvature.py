@@ -52,7 +52,7 @@ ENTRIES_DECAY = 0.95  # of running squares of gradients, at least
 RESTLESS_MEMORY = 20  # sides
 GROWN = 2.0  # times what they were: factors that are damaged
 LEAST = 1e-10  # of the scale over the largest that there was
-DEAR = 4.0  # runs of the model on a batch: renewals that cost more are seldom
+DEAR = 5.5  # runs of the model on a batch: renewals that cost more are seldom
 
 
 class Curvature:
