@@ -199,12 +199,12 @@ def test_rounds_that_take_half_the_time_are_for_layers_of_half_the_rows(units, m
     M = drawn(16, 16).float()
     for rows, wanted in ((18, True), (17, units), (9, units), (8, False)):
         assert flattenable(M, Sides(), rows) == wanted
-    # Of parts that are too small for it each.
-    tall, sides = drawn(48, 16).float(), Sides(DENSE, Blocks(16, 48))
-    assert flattenable(tall, sides, 9) == units
     monkeypatch.setattr("kronewton.normalised.HALVED", 17)
-    assert not flattenable(tall, sides, 9)
     assert not flattenable(M, Sides(), 9)
+    # Rounds are of parts, each of which may be too small where the whole would not be.
+    tall = drawn(48, 32).float()
+    assert flattenable(tall, Sides(), 16) == units
+    assert not flattenable(tall, Sides(DENSE, Blocks(16, 48)), 16)
 
 
 def test_steps_are_rotated_back_roughly_and_gradients_are_not_turned_so(monkeypatch):
