@@ -683,9 +683,11 @@ def test_agreement_raises_the_pace_and_disagreement_lowers_it():
         up, down = PACING.agreed(up, 3.0), PACING.agreed(down, -3.0)
     assert PACING.lr(up) == pytest.approx(PACING.highest)
     held = Pace(lr=0.1, steps=1)
-    for _ in range(200):
+    for _ in range(20_000):
         held = PACING.agreed(held, -3.0)
-    assert PACING.lr(held) == pytest.approx(0.015)
+        if held.steps in (100, 400, 1600):
+            assert PACING.lr(held) == pytest.approx(0.12 / held.steps**0.5)
+    assert PACING.lr(held) == PACING.lowest
     low = Pace(lr=0.01, steps=1, ceiling=0.01)
     for _ in range(200):
         low = PACING.agreed(low, -3.0)
@@ -1153,8 +1155,14 @@ def test_a_step_that_is_not_tried_keeps_below_the_ceiling(monkeypatch):
 
 @pytest.mark.parametrize(
     ("steps", "ceiling", "lr"),
-    [(30, 0.04, 0.04), (30, 0.004, PACING.steady), (30, 0.2, 0.09), (5, 0.04, 0.09)],
-    ids=["above", "steady", "below", "first"],
+    [
+        (30, 0.04, 0.04),
+        (30, 0.004, 0.12 / 30**0.5),
+        (3000, 0.004, 0.004),
+        (30, 0.2, 0.09),
+        (5, 0.04, 0.09),
+    ],
+    ids=["above", "floor", "late", "below", "first"],
 )
 def test_a_pace_comes_down_to_its_ceiling_after_the_first_steps(steps, ceiling, lr):
     """Or agreement would have to lower for long what decides nothing, before it decides again."""

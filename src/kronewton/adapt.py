@@ -194,9 +194,10 @@ class Pacing:
     wants it back, lr falls. Both look one step ahead and would, with noise, stop at once what pays
     only later (Wu et al. 2018). Against that short sight `patience` is added to the agreement
     where a step still gains more than two batches differ, and lr does not fall below `least` of the
-    ceiling where that is not above `steady`; nor does a ceiling that rises lift it. After the first
-    steps it comes down to a ceiling above `steady`, or agreement would long move what decides
-    nothing.
+    ceiling, or below a floor where that is lower: `held` over the root of the steps, by which noise
+    averages out in the end and lengths still add up without bound (Robbins & Monro 1951). A ceiling
+    that rises does not lift lr. After the first steps it comes down to a ceiling above the floor,
+    or agreement would long move what decides nothing.
     A model of the outputs knows nothing of what bends the loss beyond it. So a step is tried on its
     batch before it is made, now and then, and where little of what was promised comes, the parabola
     through the loss here, its slope and the loss there takes the model's place. Trials are in each
@@ -207,7 +208,7 @@ class Pacing:
     """
 
     least: float = 0.6
-    steady: float = 0.015
+    held: float = 0.12
     lowest: float = 1e-3
     highest: float = 0.1
     usual: float = 1e-2
@@ -223,6 +224,10 @@ class Pacing:
     loss_memory: float = 0.8
     alarming: float = 4.0
     leap: float = 0.25
+
+    def floor(self, steps: int) -> float:
+        """What disagreement does not bring the lr below, after so many steps."""
+        return self.held / math.sqrt(max(1, steps))
 
     def looks(self, pace: Pace) -> bool:
         """Whether the model should be asked about the step that is made now."""
@@ -256,7 +261,8 @@ class Pacing:
         gap = min(2 * pace.gap, self.rarest) if calm else pace.gap // 2
         always = pace.steps <= self.first or math.isfinite(pace.limit)
         gap = 1 if always else max(1, gap)
-        lr = min(pace.lr, max(ceiling, self.steady)) if pace.steps > self.first else pace.lr
+        bounded = min(pace.lr, max(ceiling, self.floor(pace.steps)))
+        lr = bounded if pace.steps > self.first else pace.lr
         look = pace.steps + gap - 1
         return replace(pace, lr=lr, slope=slope, bend=bend, ceiling=ceiling, gap=gap, look=look)
 
@@ -293,7 +299,7 @@ class Pacing:
         relative = min(1.0, max(-1.0, agreement / size)) if size > 0 else 0.0
         patience = self.patience * max(0.0, 1.0 - noise)
         lr = pace.lr * math.exp(self.sensitivity * (relative + patience))
-        low = max(self.lowest, min(self.steady, self.least * pace.ceiling, pace.lr))
+        low = max(self.lowest, min(self.floor(steps), self.least * pace.ceiling, pace.lr))
         lr = min(max(lr, low), self.highest)
         return replace(pace, lr=lr, square=square)
 
