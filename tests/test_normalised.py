@@ -221,6 +221,33 @@ def test_steps_are_rotated_back_roughly_and_gradients_are_not_turned_so(monkeypa
     assert set(seen) == {False}
 
 
+@pytest.mark.parametrize(
+    ("products", "units", "basis", "rows", "said"),
+    [
+        (0, True, "adam", 4, True),
+        (0, False, "orthogonal", 256, False),
+        (50_000, True, "orthogonal", 256, True),  # of the rounds alone: rotating takes 34,848
+        (50_000, True, "orthogonal", 4, False),  # too few for rounds
+        (50_000, True, "adam", 256, False),
+        (0, True, "eigen", 256, False),
+    ],
+)
+def test_the_coverage_says_whose_steps_are_in_half_precision(
+    monkeypatch, products, units, basis, rows, said
+):
+    monkeypatch.setattr("kronewton.linalg.HALF", products)
+    monkeypatch.setattr("kronewton.linalg.multiplies_in_half", lambda: units)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3)).float()
+    optimizer = kn.KFAC(model, criterion := nn.CrossEntropyLoss(), basis=basis)
+    assert "bfloat16" not in str(optimizer.coverage())  # before the first batch
+    x = torch.randn(rows, 32).float() @ torch.randn(32, 32).float()  # or axes would be the basis
+    criterion(model(x), torch.randint(3, (rows,))).backward()
+    optimizer.step()
+    first = optimizer.coverage().rows[:2]  # weight and bias
+    assert ["steps in bfloat16" in row.method for row in first] == [said, said]
+
+
 def test_a_training_in_half_precision_goes_the_same_way(monkeypatch):
     """Steps of one gradient differ by rounding, and no loss by much."""
     steps, losses = [], []

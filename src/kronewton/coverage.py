@@ -123,6 +123,7 @@ def covered(layer: Layer, curvature: Curvature, why: str) -> tuple[str, str, int
         return "not yet", "—", memory
     parts = ["sum of two K-FAC" if len(terms) == 2 else f"K-FAC {curvature.basis}"]
     parts += dict.fromkeys(s.described() for s in sides if s.described())
+    parts += ["steps in bfloat16"] if curvature.in_half(layer.name) else []
     found = dict.fromkeys(curvature.sharing(term) for term in terms or [layer.name])
     # Not chosen yet after a batch: it has seen the layer at one position of each example only.
     sharing = ["—" if how == "auto" and terms else how for how in found]

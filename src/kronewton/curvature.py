@@ -33,7 +33,7 @@ from kronewton.inverse import (
 )
 from kronewton.layers import ENTRIES, TURNED, Layer
 from kronewton.linalg import all_finite, memory_for
-from kronewton.normalised import Moments, in_curvature, normalised, restored
+from kronewton.normalised import Moments, half_flattened, in_curvature, normalised, restored
 from kronewton.options import NORMALISED, ORTHOGONAL
 from kronewton.pair import (
     ExactPairInverse,
@@ -469,6 +469,14 @@ class Curvature:
         for name, basis in bases.items():
             steps[name] = basis.rotate_back(steps[name], rough=True).reshape(gradients[name].shape)
         return steps
+
+    def in_half(self, name: str) -> bool:
+        """Whether a layer's normalised steps are, in part, products in half precision."""
+        basis = self._eigen(name) if self.basis in NORMALISED else None
+        if basis is None or basis.rough_dtype(basis.s.dtype) != basis.s.dtype:
+            return basis is not None
+        flat = half_flattened(basis.s, basis.sides, self.rows.get(name, 0))
+        return flat and self.basis == ORTHOGONAL
 
     def with_damping(self, damping: float) -> dict[str, Inverse]:
         """The inverses as they would be with another damping."""

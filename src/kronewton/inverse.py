@@ -100,11 +100,15 @@ class EigenInverse(Inverse):
         """U_B G U_A'. rough: in half precision where that is faster, to 0.4 % of the length."""
         on_input, on_output = self.sides
         U_A, U_B = self.basis
-        most = G.numel() * max(U_A.shape[-1], U_B.shape[-1])  # none along a side's own axes
-        if rough and (dtype := rough_dtype(G.dtype, G.device, most)) != G.dtype:
+        if rough and (dtype := self.rough_dtype(G.dtype)) != G.dtype:
             rows = on_output.rotate_back(U_B.to(dtype), G.to(dtype))
             return on_input.rotate_rows_back(rows, U_A.to(dtype)).to(G.dtype)
         return on_input.rotate_rows_back(on_output.rotate_back(U_B, G), U_A)
+
+    def rough_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The precision in which a matrix of such numbers is rotated back if that may be rough."""
+        longest = max(U.shape[-1] for U in self.basis)  # none along a side's own axes
+        return rough_dtype(dtype, self.s.device, self.s.numel() * longest)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"U_A": self.U_A, "U_B": self.U_B, "s": self.s}

@@ -149,6 +149,12 @@ def flattenable(step: Tensor, sides: Sides, rows: int) -> bool:
     return apt and share * price_of_rounds(d_out, d_in) <= PAYS * 6 * rows * d_out * d_in
 
 
+def half_flattened(step: Tensor, sides: Sides, rows: int) -> bool:
+    """Whether a layer's step is orthogonalised in half precision; as `flattenable` has it."""
+    apt = curved(step, sides) and flattenable(step, sides, rows)
+    return apt and _rough_dtype(in_parts(step, sides)) != step.dtype
+
+
 def _in_half_the_time(X: Tensor) -> bool:
     """Whether rounds of a matrix, or of several, (…, m, n), are so much faster than in float32."""
     return min(X.shape[-2:]) >= HALVED and _rough_dtype(X) != X.dtype
