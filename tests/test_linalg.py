@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from kronewton.linalg import (
     HALF,
     damped_inverse,
     iterated_eigen,
+    low_rank_eigen,
     multiplies_in_half,
     rough_dtype,
     second_moment,
@@ -113,6 +115,44 @@ def test_symmetric_eigen_reconstructs_in_ascending_order():
     torch.testing.assert_close(U * s @ U.T, matrix, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(U.T @ U, torch.eye(6), rtol=0, atol=1e-12)
     assert s.diff().ge(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [0, 1, 20])
+def test_low_rank_eigen_completes_the_range_of_few_rows(rank, dtype, monkeypatch):
+    rows = torch.randn(rank, 120, dtype=dtype) * torch.logspace(0, -3, 120, dtype=dtype)
+    matrix = rows.T @ rows
+    exact, _ = symmetric_eigen(matrix, "A")
+    sizes, real = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda m: sizes.append(len(m)) or real(m))
+    stream = torch.get_rng_state()
+    s, U = low_rank_eigen(matrix, "A", rank)
+    assert sizes == [int(1.05 * rank + 8)]  # and not 120
+    assert torch.get_rng_state().equal(stream)
+    digits = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(U.T @ U, torch.eye(120, dtype=dtype), rtol=0, atol=digits)
+    size = float(exact.max()) or 1.0
+    torch.testing.assert_close((U * s) @ U.T, matrix, rtol=0, atol=digits * size)
+    torch.testing.assert_close(s, exact, rtol=0, atol=digits * size)
+    assert int((s > 0).sum()) <= int(1.05 * rank + 8)
+    assert s.dtype == U.dtype == dtype
+
+
+def test_low_rank_eigen_finds_all_where_there_are_more_than_was_said():
+    rows = torch.randn(60, 120)
+    matrix = rows.T @ rows
+    exact = symmetric_eigen(matrix, "A")
+    for rank in (20, 59, math.inf):  # 20 turns out to be too few, of 59 no time is gained
+        for found, wanted in zip(low_rank_eigen(matrix, "A", rank), exact, strict=True):
+            assert found.equal(wanted)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_low_rank_eigen_names_what_is_not_finite(bad):
+    matrix = torch.eye(100)
+    matrix[3, 3] = bad
+    with pytest.raises(NotPositiveDefinite, match="factor A of 'fc'"):
+        low_rank_eigen(matrix, "factor A of 'fc'", 5)
 
 
 def test_symmetric_eigen_has_no_eigenvalue_below_zero():

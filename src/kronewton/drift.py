@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kronewton.inverse import EigenInverse
-from kronewton.linalg import finite, ran_out_of_memory
+from kronewton.linalg import finite, low_rank_eigen, ran_out_of_memory
 from kronewton.pair import Product
 from kronewton.structure import DENSE, DIAGONAL, Blocks, Sides, Structure, fused
 
@@ -47,12 +47,15 @@ class Side:
     what: str
     near: Tensor | None = None  # eigenvectors of an M before, stored likewise
     found: tuple[Tensor, Tensor] | None = None
+    rows: Tensor | float = math.inf  # as how many M is the mean of
 
     def eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues and vectors. Raises NotPositiveDefinite if M is not finite."""
         if self.found is not None:
             return self.found
         assert self.M is not None
+        if self.structure == DENSE and self.M.dim() == 2:
+            return low_rank_eigen(self.M, self.what, float(self.rows))
         return self.structure.eigen(self.M, self.what)
 
 
@@ -207,7 +210,7 @@ def _side(
         if simplest is not None and simplest != structure:
             structure, M = simplest, simplest.of_dense(M)
     near = last[1] if last is not None and last[0] == structure else None
-    return Side(structure, M, what, near)
+    return Side(structure, M, what, near, rows=rows)
 
 
 def _axes(diagonal: Tensor, what: str) -> Side:

@@ -14,6 +14,9 @@ from kronewton.errors import NotPositiveDefinite
 
 LEAST_EIGENVALUE = 1e-4  # of the mean: columns with less are not told apart by iteration
 AFRESH, AGAIN = 4, 2  # rounds from the axes, and from a basis
+FEW = 0.35  # of a side: eigenvectors of so few eigenvalues above zero take half of the time
+SPARE = 1.05, 8  # times the rank that is expected, and more, of columns that are to span a range
+RANGE = 1e-5  # of the trace: what may lie outside
 HALF = 2**22  # multiplications in a product, from which half precision pays for its casts
 JITTERS = (0.0, 1e-9, 1e-7, 1e-5, 1e-3)  # added to the diagonal, relative to its mean
 
@@ -75,6 +78,29 @@ def symmetric_eigen(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
         f"the eigendecomposition of {name} did not converge; "
         "use basis='factored' or train this layer in float64."
     )
+
+
+def low_rank_eigen(matrix: Tensor, name: str, rank: float) -> tuple[Tensor, Tensor]:
+    """`symmetric_eigen` of (d, d), sooner where no more than `rank` eigenvalues are above zero.
+
+    The range is found by products with random columns (Halko et al. 2011); eigenvectors without an
+    eigenvalue are any that complete it. Where the rank turns out to be higher, all are found.
+    """
+    d, wanted = matrix.shape[-1], SPARE[0] * rank + SPARE[1]
+    if not wanted <= FEW * d:
+        return symmetric_eigen(matrix, name)
+    k = int(wanted)
+    require_finite(matrix, name)
+    generator = torch.Generator(matrix.device).manual_seed(0)  # the user's stream stays as it is
+    drawn = torch.randn(d, k, dtype=matrix.dtype, device=matrix.device, generator=generator)
+    Q = torch.linalg.qr(matrix @ drawn, mode="complete").Q
+    within, outside = Q[:, :k], Q[:, k:]
+    inner = within.mT @ (matrix @ within)
+    trace = matrix.trace()
+    if not bool(trace - inner.trace() <= RANGE * trace):
+        return symmetric_eigen(matrix, name)
+    s, V = symmetric_eigen(inner, name)
+    return torch.cat([s.new_zeros(d - k), s]), torch.cat([outside, within @ V], -1)
 
 
 def iterated_eigen(matrix: Tensor, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
