@@ -194,10 +194,10 @@ class Pacing:
     wants it back, lr falls. Both look one step ahead and would, with noise, stop at once what pays
     only later (Wu et al. 2018). Against that short sight `patience` is added to the agreement
     where a step still gains more than two batches differ, and lr does not fall below `least` of the
-    ceiling, or below a floor where that is lower: `held` over the root of the steps, by which noise
-    averages out in the end and lengths still add up without bound (Robbins & Monro 1951). A ceiling
-    that rises does not lift lr. After the first steps it comes down to a ceiling above the floor,
-    or agreement would long move what decides nothing.
+    ceiling, or below a floor where that is lower: `first_floor` over the root of the steps, by
+    which noise averages out in the end and lengths still add up without bound (Robbins & Monro
+    1951). A ceiling that rises does not lift lr. After the first steps it comes down to a ceiling
+    above the floor, or agreement would long move what decides nothing.
     A model of the outputs knows nothing of what bends the loss beyond it. So a step is tried on its
     batch before it is made, now and then, and where little of what was promised comes, the parabola
     through the loss here, its slope and the loss there takes the model's place. Trials are in each
@@ -208,7 +208,7 @@ class Pacing:
     """
 
     least: float = 0.6
-    held: float = 0.12
+    first_floor: float = 0.12
     lowest: float = 1e-3
     highest: float = 0.1
     usual: float = 1e-2
@@ -227,7 +227,7 @@ class Pacing:
 
     def floor(self, steps: int) -> float:
         """What disagreement does not bring the lr below, after so many steps."""
-        return self.held / math.sqrt(max(1, steps))
+        return self.first_floor / math.sqrt(max(1, steps))
 
     def looks(self, pace: Pace) -> bool:
         """Whether the model should be asked about the step that is made now."""
