@@ -57,28 +57,6 @@ def test_a_first_basis_is_the_eigenbasis():
     torch.testing.assert_close(found.s, exact.s)
 
 
-@pytest.mark.parametrize("as_tensor", [True, False])
-def test_a_basis_of_few_rows_is_found_by_their_number(as_tensor, monkeypatch):
-    """The shapes of eigendecompositions: of what the rows span, and of the other side in full."""
-    torch.manual_seed(0)
-    few, many = (
-        torch.randn(n, d) * torch.logspace(0, -6, d) @ torch.randn(d, d)
-        for n, d in ((20, 200), (90, 70))
-    )
-    one = Product(many.T @ many, few.T @ few, Sides())
-    shapes, real = [], torch.linalg.eigh
-    monkeypatch.setattr(torch.linalg, "eigh", lambda M: shapes.append(len(M)) or real(M))
-    count = torch.tensor(20.0) if as_tensor else 20
-    basis = Renewal(one, None, "layer", rows=count).basis()
-    assert shapes == [29, 70]
-    found = (basis.U_A * basis.spectra[0]) @ basis.U_A.T
-    wanted = one.Q * (basis.spectra[0].sum() / one.Q.trace())
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.max()))
-    shapes.clear()
-    Renewal(one, None, "layer").basis()
-    assert shapes == [200, 70]
-
-
 def test_drift_is_that_of_all_coordinates_of_a_small_matrix():
     M, U = correlated(12, 3), torch.linalg.qr(correlated(12, 4)).Q
     s = (U.T @ M @ U).diagonal()
@@ -350,7 +328,10 @@ def test_a_side_that_is_not_worth_its_price_keeps_its_basis_and_takes_the_new_sc
 
 def test_bases_are_renewed_as_often_as_they_pay():
     M = torch.zeros(512, 512)
-    cheap, dear = price(M, 10**9), price(M, 3 * 128 * 10 * 512)  # 273 runs of the second layer
+    cheap, dear = (
+        price(M, DENSE, 10**9),
+        price(M, DENSE, 3 * 128 * 10 * 512),
+    )  # 273 runs of the second layer
     times = range(0, 4000, 10)
     assert all(pays(cheap, math.inf, step, 10) for step in (0, 1, 2, 4, 8, *times))
     assert not any(pays(dear, math.inf, step, 10) for step in (1, 2, 4, 8))

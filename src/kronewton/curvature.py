@@ -45,14 +45,14 @@ from kronewton.pair import (
     oriented,
     pair_inverse,
 )
-from kronewton.structure import DENSE, DIAGONAL, Blocks, Sides, Structure, side_of
+from kronewton.structure import DENSE, DIAGONAL, Sides, in_full, of_basis, side_of
 
 HOW = ("", TURNED, ENTRIES)  # a layer's matrix can be seen
 ENTRIES_DECAY = 0.95  # of running squares of gradients, at least
 RESTLESS_MEMORY = 20  # sides
 GROWN = 2.0  # times what they were: factors that are damaged
 LEAST = 1e-10  # of the scale over the largest that there was
-DEAR = 5.5  # runs of the model on a batch: renewals that cost more are seldom
+DEAR = 4  # runs of the model on a batch: renewals that cost more are seldom
 
 
 class Curvature:
@@ -335,7 +335,8 @@ class Curvature:
         for name, renewal in renewals.items():
             with self._counting(name):
                 old, new = self._eigen(name), renewal.basis()
-                if name in self.moments and self.moments[name].m.shape != new.s.shape:
+                then = new.shape if old is None else old.s.shape
+                if name in self.moments and self.moments[name].m.shape != then:
                     del self.moments[name]  # its rows can be seen now: its entries had no basis
                 if name in self.moments:
                     self.moments[name].turn_(old, new)
@@ -406,7 +407,8 @@ class Curvature:
         work = self._work(name)
         # A column of scales and shifts is too little to be turned at the other layers' expense.
         most = self._prices_of_all()[0] if min(one.Q.shape[-1], one.P.shape[-1]) > 1 else math.inf
-        worth = [pays(price(M, work), most, *turn) for M in (one.Q, one.P)]
+        bases = zip((one.Q, one.P), in_full(one.sides, *one.shape), strict=True)
+        worth = [pays(price(M, basis, work), most, *turn) for M, basis in bases]
         rows = math.inf if len(products) == 2 else self.factors[self.terms(name)[0]].rows
         return Renewal(one, self._eigen(name), name, worth, rows)
 
@@ -424,9 +426,12 @@ class Curvature:
         if self._prices is None:
             known = [self.factors[self.terms(name)[0]] for name in self.known]
             work = sum(map(self._work, self.known))
-            sides = [s for f in known for s in zip((f.A, f.B), f.sides, strict=True)]
-            # A side's own axes are no basis to be found.
-            bases = sum(price(m.total, work) for m, side in sides if side != DIAGONAL)
+            bases = sum(
+                price(moment.total, basis, work)
+                for f in known
+                for moment, basis in zip((f.A, f.B), in_full(f.sides, *f.shape), strict=True)
+                if basis != DIAGONAL  # a side's own axes are no basis to be found
+            )
             self._prices = bases, bases + AT_LEAST * len(known) / max(1, work)
         return self._prices
 
@@ -456,8 +461,8 @@ class Curvature:
         for name, G in gradients.items():
             if name in bases:
                 # The basis of entries has them in one column.
-                s = bases[name].s
-                G = bases[name].rotate(G.reshape(s.shape).to(s.dtype))
+                basis = bases[name]
+                G = basis.rotate(G.reshape(basis.shape).to(basis.s.dtype))
             if name not in self.moments or self.moments[name].m.shape != G.shape:
                 self.moments[name] = Moments(G)
             moments.append(self.moments[name])
@@ -570,8 +575,8 @@ class Curvature:
             own = [self._own_sides(term) for term in terms]
             sides = common_sides(own[0], own[-1])
             d_out, d_in = kept["s"].shape[-2:]
-            on_input = _of_basis(kept["U_A"], d_in, sides.input, kept["s"].dim())
-            on_output = _of_basis(kept["U_B"], d_out, sides.output, kept["s"].dim())
+            on_input = of_basis(kept["U_A"], d_in, sides.input, kept["s"].dim())
+            on_output = of_basis(kept["U_B"], d_out, sides.output, kept["s"].dim())
             return EigenInverse(**kept, sides=Sides(on_input, on_output))
         if len(terms) == 1:
             make = FactoredInverse if self.basis == "factored" else EigenInverse
@@ -584,13 +589,6 @@ class Curvature:
         return ExactPairInverse(
             Product(kept["P1"], kept["Q1"], first), Product(kept["P2"], kept["Q2"], turned), near
         )
-
-
-def _of_basis(U: Tensor, d: int, side: Structure, dims: int) -> Structure:
-    """How a basis of a side is stored: as its factor is, or in less, by U and a matrix's dims."""
-    if U.numel() == 0:
-        return DIAGONAL  # the side's own axes, which take no tensor
-    return Blocks(U.shape[-1], d) if side == DENSE and U.dim() > dims else side
 
 
 def layer_of(term: str) -> str:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from kronewton.inverse import EigenInverse
-from kronewton.linalg import finite, low_rank_eigen, ran_out_of_memory
+from kronewton.linalg import finite, ran_out_of_memory
 from kronewton.pair import Product
-from kronewton.structure import DENSE, DIAGONAL, Blocks, Sides, Structure, fused
+from kronewton.structure import DENSE, DIAGONAL, Blocks, Sides, Structure, fused, in_full
 
 COLUMNS = 16  # of a basis, from which its drift is measured
 TOLERATED = 0.3  # of squared correlations of a coordinate with all others, together
@@ -47,16 +47,13 @@ class Side:
     what: str
     near: Tensor | None = None  # eigenvectors of an M before, stored likewise
     found: tuple[Tensor, Tensor] | None = None
-    rows: Tensor | float = math.inf  # as how many M is the mean of
 
     def eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues and vectors. Raises NotPositiveDefinite if M is not finite."""
         if self.found is not None:
             return self.found
         assert self.M is not None
-        if self.structure == DENSE and self.M.dim() == 2:
-            return low_rank_eigen(self.M, self.what, float(self.rows))
-        return self.structure.eigen(self.M, self.what)
+        return self.structure.eigen(self.M, self.what, self.near)
 
 
 class Renewal:
@@ -83,26 +80,26 @@ class Renewal:
         if old is not None and old.s.dtype == product.Q.dtype:  # or the model has been cast since
             of_input = (old.sides.input, old.U_A, old.spectra[0])
             of_output = (old.sides.output, old.U_B, old.spectra[1])
-        d_out = product.sides.output.diagonal(product.P).shape[-1]
-        d_in = product.sides.input.diagonal(product.Q).shape[-1]
-        self.of_input = _side(
-            product.Q,
-            product.sides.input,
-            None,
-            of_input,
-            f"the input factor A of layer '{name}'",
-            worth[0],
-            rows,
-        )
+        d_out, d_in = product.shape
         self.of_output = _side(
             product.P,
-            product.sides.output,
+            in_full(product.sides, d_out, d_in).output,
             fused(d_out, d_in),
             of_output,
             f"the gradient factor B of layer '{name}'",
             worth[1],
             rows,
             ASKED,
+        )
+        found = product.sides._replace(output=self.of_output.structure)
+        self.of_input = _side(
+            product.Q,
+            in_full(found, d_out, d_in).input,
+            None,
+            of_input,
+            f"the input factor A of layer '{name}'",
+            worth[0],
+            rows,
         )
 
     def basis(self) -> EigenInverse:
@@ -207,10 +204,10 @@ def _side(
             simplest = _simplest(M, diagonal, parts, rows)
         if simplest == DIAGONAL:
             return _axes(diagonal, what)
-        if simplest is not None and simplest != structure:
+        if isinstance(simplest, Blocks):
             structure, M = simplest, simplest.of_dense(M)
     near = last[1] if last is not None and last[0] == structure else None
-    return Side(structure, M, what, near, rows=rows)
+    return Side(structure, M, what, near)
 
 
 def _axes(diagonal: Tensor, what: str) -> Side:
@@ -223,13 +220,15 @@ def drift(structure: Structure, M: Tensor, U: Tensor, s: Tensor) -> Tensor:
     Σ_i≠j (u_i'M u_j)² / (m_i m_j) with m for the eigenvalues, the mean over some columns j: zero
     in an eigenbasis of M.
     """
-    every = max(1, s.shape[-1] // COLUMNS)
+    n = structure.vectors(s.shape[-1])
+    every = max(1, n // COLUMNS)
     some = structure.some(U, s, every)  # (…, d, k)
     seen = structure.rotate(U, structure.left(M, some))
     m = (s + FLOOR * s.mean(-1, keepdim=True)).clamp_min(TINY)
     shares = seen.square_().div_(m.unsqueeze(-1)).sum(-2)  # (…, k)
-    own = seen[..., ::every, :].diagonal(dim1=-2, dim2=-1)
-    return ((shares - own) / m[..., ::every]).mean()
+    at = slice(0, n, every)
+    own = seen[..., at, :].diagonal(dim1=-2, dim2=-1)
+    return ((shares - own) / m[..., at]).mean()
 
 
 def _simplest(M: Tensor, diagonal: Tensor, parts: Blocks | None, rows: Tensor | float) -> Structure:
@@ -251,9 +250,9 @@ def _simplest(M: Tensor, diagonal: Tensor, parts: Blocks | None, rows: Tensor | 
     return DENSE
 
 
-def price(M: Tensor, work: int) -> float:
+def price(M: Tensor, basis: Structure, work: int) -> float:
     """What a basis of a side costs, in runs of so many multiplications, forward and backward."""
-    return EIGEN * M.numel() * M.shape[-1] / max(1, work)
+    return EIGEN * M.numel() * basis.vectors(M.shape[-1]) / max(1, work)
 
 
 def pays(own: float, of_all: float, step: int, every: int) -> bool:

@@ -96,6 +96,12 @@ class Factors:
         return self.sides.input.diagonal(A), self.sides.output.diagonal(B)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """d_out and d_in."""
+        A, B = self._diagonals(self.A.total, self.B.total)
+        return B.shape[-1], A.shape[-1]
+
+    @property
     def size(self) -> int:
         """How many numbers the layer's matrix has."""
         A, B = self._diagonals(self.A.total, self.B.total)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kronewton.linalg import rough_dtype
-from kronewton.structure import DIAGONAL, PLAIN, Sides, in_parts, kronecker_apply
+from kronewton.structure import DIAGONAL, PLAIN, Leading, Sides, in_parts, kronecker_apply
 
 METRIC = 0.25  # the power of each factor that a step is orthogonalised in: 0 Muon's, ½ Newton's
 FLAT = 0.1  # of the mean eigenvalue, that is added to each there
@@ -56,8 +56,22 @@ class EigenInverse(Inverse):
 
     U_A: Tensor  # (d_in, d_in), or as the sides store it
     U_B: Tensor  # (d_out, d_out)
-    s: Tensor  # (d_out, d_in)
+    s: Tensor  # (d_out, d_in), or more where a side has more coordinates: see `Leading`
     sides: Sides = PLAIN
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the matrices that it applies to, (…, d_out, d_in)."""
+        d_out, d_in = (
+            U.shape[-2] if isinstance(side, Leading) else d
+            for side, U, d in zip(
+                (self.sides.output, self.sides.input),
+                (self.U_B, self.U_A),
+                self.s.shape[-2:],
+                strict=True,
+            )
+        )
+        return torch.Size((*self.s.shape[:-2], d_out, d_in))
 
     @property
     def basis(self) -> tuple[Tensor, Tensor]:
@@ -94,16 +108,18 @@ class EigenInverse(Inverse):
     def rotate(self, G: Tensor) -> Tensor:
         """U_B' G U_A."""
         on_input, on_output = self.sides
+        if isinstance(on_output, Leading):  # last what makes more coordinates
+            return on_output.rotate(self.U_B, on_input.rotate_rows(G, self.U_A))
         return on_input.rotate_rows(on_output.rotate(self.U_B, G), self.U_A)
 
     def rotate_back(self, G: Tensor, rough: bool = False) -> Tensor:
         """U_B G U_A'. rough: in half precision where that is faster, to 0.4 % of the length."""
         on_input, on_output = self.sides
-        U_A, U_B = self.basis
-        if rough and (dtype := self.rough_dtype(G.dtype)) != G.dtype:
-            rows = on_output.rotate_back(U_B.to(dtype), G.to(dtype))
-            return on_input.rotate_rows_back(rows, U_A.to(dtype)).to(G.dtype)
-        return on_input.rotate_rows_back(on_output.rotate_back(U_B, G), U_A)
+        given, dtype = G.dtype, self.rough_dtype(G.dtype) if rough else G.dtype
+        U_A, U_B, G = self.U_A.to(dtype), self.U_B.to(dtype), G.to(dtype)
+        if isinstance(on_input, Leading):  # first what makes fewer coordinates
+            return on_output.rotate_back(U_B, on_input.rotate_rows_back(G, U_A)).to(given)
+        return on_input.rotate_rows_back(on_output.rotate_back(U_B, G), U_A).to(given)
 
     def rough_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The precision in which a matrix of such numbers is rotated back if that may be rough."""

@@ -14,9 +14,7 @@ from kronewton.errors import NotPositiveDefinite
 
 LEAST_EIGENVALUE = 1e-4  # of the mean: columns with less are not told apart by iteration
 AFRESH, AGAIN = 4, 2  # rounds from the axes, and from a basis
-FEW = 0.35  # of a side: eigenvectors of so few eigenvalues above zero take half of the time
-SPARE = 1.05, 8  # times the rank that is expected, and more, of columns that are to span a range
-RANGE = 1e-5  # of the trace: what may lie outside
+LEADING_AFRESH, LEADING_AGAIN = 2, 1  # rounds for the leading ones, from random columns, from them
 HALF = 2**22  # multiplications in a product, from which half precision pays for its casts
 JITTERS = (0.0, 1e-9, 1e-7, 1e-5, 1e-3)  # added to the diagonal, relative to its mean
 
@@ -80,26 +78,25 @@ def symmetric_eigen(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
     )
 
 
-def low_rank_eigen(matrix: Tensor, name: str, rank: float) -> tuple[Tensor, Tensor]:
-    """`symmetric_eigen` of (d, d), sooner where no more than `rank` eigenvalues are above zero.
+def leading_eigen(matrix: Tensor, k: int, near: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
+    """The k largest eigenvalues (…, k), ascending, of (…, d, d) and their eigenvectors (…, d, k).
 
-    The range is found by products with random columns (Halko et al. 2011); eigenvectors without an
-    eigenvalue are any that complete it. Where the rank turns out to be higher, all are found.
+    Nearly, by subspace iteration (Halko et al. 2011), from the eigenvectors `near` of a matrix that
+    was much the same, or from random columns. For k = d/8 it takes an eighth of the time of
+    `symmetric_eigen`. Raises NotPositiveDefinite, naming the factor, if the matrix is not finite.
     """
-    d, wanted = matrix.shape[-1], SPARE[0] * rank + SPARE[1]
-    if not wanted <= FEW * d:
-        return symmetric_eigen(matrix, name)
-    k = int(wanted)
-    generator = torch.Generator(matrix.device).manual_seed(0)  # the user's stream stays as it is
-    drawn = torch.randn(d, k, dtype=matrix.dtype, device=matrix.device, generator=generator)
-    Q = torch.linalg.qr(matrix @ drawn, mode="complete").Q
-    within, outside = Q[:, :k], Q[:, k:]
-    inner = within.mT @ (matrix @ within)
-    trace = matrix.trace()
-    if not bool(trace - inner.trace() <= RANGE * trace):  # nor of what is not finite
-        return symmetric_eigen(matrix, name)
-    s, V = symmetric_eigen(inner, name)
-    return torch.cat([s.new_zeros(d - k), s]), torch.cat([outside, within @ V], -1)
+    require_finite(matrix, name)
+    rounds, U = LEADING_AGAIN, near
+    if U is None:
+        # The user's stream of draws stays as it is.
+        generator = torch.Generator(matrix.device).manual_seed(0)
+        shape = *matrix.shape[:-1], k
+        U = torch.randn(shape, dtype=matrix.dtype, device=matrix.device, generator=generator)
+        rounds = LEADING_AFRESH
+    for _ in range(rounds):
+        U = torch.linalg.qr(matrix @ U).Q
+    s, V = symmetric_eigen(U.mT @ (matrix @ U), name)
+    return s, U @ V
 
 
 def iterated_eigen(matrix: Tensor, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

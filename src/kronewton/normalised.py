@@ -47,10 +47,9 @@ class Moments:
         dtype = new.s.dtype  # the model may have been cast since
         self.m, self.v = self.m.to(dtype), self.v.to(dtype)
         if old is None:
-            axes = self.v.new_zeros(0)
             self.m = new.rotate(self.m)
-            self.v = _carried(self.v.mT, DIAGONAL, axes, new.sides.input, new.U_A).mT
-            self.v = _carried(self.v, DIAGONAL, axes, new.sides.output, new.U_B)
+            self.v = _from_axes(self.v.mT, new.sides.input, new.U_A).mT
+            self.v = _from_axes(self.v, new.sides.output, new.U_B)
             return
         if new.U_A is not old.U_A:
             sides = old.sides.input, new.sides.input
@@ -263,21 +262,22 @@ def _turned(
 ) -> tuple[Tensor, Tensor]:
     """Means m and mean squares v (…, d, e), of rows in the basis U, in the basis V."""
     if before == now:
-        R = now.between(U, V)
-        return (m, v) if R is None else (now.left(R, m), now.left(R.square(), v))
+        return now.turn(m, v, U, V)
     return now.rotate(V, before.rotate_back(U, m)), _carried(v, before, U, now, V)
 
 
 def _carried(v: Tensor, before: Structure, U: Tensor, now: Structure, V: Tensor) -> Tensor:
-    """Mean squares v (…, d, e) in the basis U, carried into V; either may be a side's own axes."""
-    if before == now:
-        return now.carry(v, U, V)
+    """Mean squares v (…, d, e) in the basis U, carried into V, which is kept in another way."""
     if before == DIAGONAL:
-        return now.left(V.square().mT, v)
+        return _from_axes(v, now, V)
     if now == DIAGONAL:
-        return before.left(U.square(), v)
-    between = now.dense(V).mT @ before.dense(U)
+        return before.to_axes(v, U)
+    between = now.frame(V) @ before.frame(U).mT
     return between.square() @ v
+
+
+def _from_axes(v: Tensor, now: Structure, V: Tensor) -> Tensor:
+    return v if now == DIAGONAL else now.from_axes(v, V)
 
 
 def restored(kept: Mapping[str, Tensor]) -> Moments:

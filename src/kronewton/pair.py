@@ -30,6 +30,12 @@ class Product:
     Q: Tensor
     sides: Sides  # input: of Q, output: of P
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """d_out and d_in."""
+        on_input, on_output = self.sides
+        return on_output.diagonal(self.P).shape[-1], on_input.diagonal(self.Q).shape[-1]
+
     def times(self, G: Tensor) -> Tensor:
         """P G Q."""
         return self.sides.input.right(self.sides.output.left(self.P, G), self.Q)

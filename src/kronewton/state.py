@@ -17,7 +17,7 @@ from torch import Tensor
 from kronewton.errors import StateError
 from kronewton.layers import ENTRIES, TURNED, Layer
 from kronewton.options import BASES, plain, shown
-from kronewton.structure import DENSE, DIAGONAL, fused, side_of
+from kronewton.structure import DENSE, DIAGONAL, PLAIN, coordinates, fused, in_full, side_of
 
 VERSION = 8
 PRECONDITIONER_VERSION = 1
@@ -213,11 +213,12 @@ def _require_same_layer(layer: Layer, kept: Mapping[str, Tensor], largest: int) 
                 f"the state_dict has {float(number):g} for the moments' {key} of {owner}: it is "
                 "damaged. Load another checkpoint, or start afresh."
             )
+    parts = {k: kept[f"inverse_{k}"] for k in inverse}
+    of_basis = _require_inverse(owner, shape, parts, largest)
     for key in moments & {"m", "v"}:
         found = kept[f"moments_{key}"]
-        if found.shape not in (shape, torch.Size((shape.numel(), 1))):
-            raise _of_another_model("a moment", found, owner, shape)
-    _require_inverse(owner, shape, {k: kept[f"inverse_{k}"] for k in inverse}, largest)
+        if found.shape not in (shape, of_basis, torch.Size((shape.numel(), 1))):
+            raise _of_another_model("a moment", found, owner, of_basis)
     d_out, d_in = shape[-2:]
     for key, tensor in kept.items():
         if not key.startswith(("A_total", "B_total")):
@@ -235,24 +236,35 @@ def _require_same_layer(layer: Layer, kept: Mapping[str, Tensor], largest: int) 
 
 def _require_inverse(
     owner: str, shape: torch.Size, kept: Mapping[str, Tensor], largest: int
-) -> None:
-    """Raise StateError if parts of an inverse don't fit a layer's sides, however those are kept."""
+) -> torch.Size:
+    """The shape of coordinates in what is kept of an inverse.
+
+    Raises StateError if parts of it don't fit a layer's sides, however those are kept.
+    """
     lead, (d_out, d_in) = shape[:-2], shape[-2:]
     sides = {(d_in, d_out), (d_out, d_in), (1, shape.numel()), (shape.numel(), 1)}
-    stored = [
-        torch.Size((*lead, *way.stored(d)))
+    ways = {
+        (way, d)
         for d, other in sides
         for way in (DENSE, DIAGONAL, side_of(d, other, largest), fused(d, other))
         if way is not None
-    ]
-    for key, found in kept.items():
-        if key == "s":
-            allowed = [shape, torch.Size((*lead, d_in, d_out)), torch.Size((shape.numel(), 1))]
-        else:
-            allowed = [*stored, torch.Size((0,))]  # a side's own axes
-        if found.shape not in allowed:
-            wanted = allowed[0] if key == "s" else torch.Size((*lead, d_in, d_in))
-            raise _of_another_model(f"{key} of an inverse", found, owner, wanted)
+    }
+    ways |= set(zip(in_full(PLAIN, d_out, d_in), (d_in, d_out), strict=True))
+    stored = [torch.Size((*lead, *way.stored_basis(d))) for way, d in ways]
+    for key in kept.keys() - {"s"}:
+        allowed = [*stored, torch.Size((0,))]
+        if kept[key].shape not in allowed:
+            wanted = torch.Size((*lead, d_in, d_in))
+            raise _of_another_model(f"{key} of an inverse", kept[key], owner, wanted)
+    in_basis = shape
+    if "U_A" in kept:
+        in_basis = torch.Size(
+            (*lead, coordinates(kept["U_B"], d_out), coordinates(kept["U_A"], d_in))
+        )
+    others = torch.Size((*lead, d_in, d_out)), torch.Size((shape.numel(), 1))
+    if "s" in kept and kept["s"].shape not in (in_basis, *others):
+        raise _of_another_model("s of an inverse", kept["s"], owner, in_basis)
+    return in_basis
 
 
 def _require_tensors(owner: str, kept: Mapping[str, Any]) -> None:

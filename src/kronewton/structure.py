@@ -18,6 +18,7 @@ from torch import Tensor
 from kronewton.linalg import (
     damped_inverse,
     iterated_eigen,
+    leading_eigen,
     require_finite,
     second_moment,
     symmetric_eigen,
@@ -25,6 +26,9 @@ from kronewton.linalg import (
 from kronewton.linalg import diagonal as diagonal_of
 
 LEAST_BLOCK = 16  # smaller ones say little more than the diagonal, and cost more
+ONE_IN = 4  # of a wide side's eigenvectors are its leading ones: half of all products are saved
+LEADING = 64, 256  # of them at least, and at most
+LONGER = 2  # times the other side: below, orthogonalising takes more than turning saves
 
 
 class Structure(ABC):
@@ -37,6 +41,10 @@ class Structure(ABC):
     @abstractmethod
     def stored(self, d: int) -> tuple[int, ...]:
         """The shape that M is stored in."""
+
+    def stored_basis(self, d: int) -> tuple[int, ...]:
+        """The shape that U is stored in."""
+        return self.stored(d)
 
     @abstractmethod
     def second_moment(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -63,14 +71,14 @@ class Structure(ABC):
         """(M + damping·I)⁻¹, stored likewise. Raises NotPositiveDefinite, naming the factor."""
 
     @abstractmethod
-    def eigen(self, M: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (…, d), not below zero, and eigenvectors, stored likewise as columns."""
+    def eigen(self, M: Tensor, name: str, near: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (…, d), not below zero, and eigenvectors, stored likewise as columns.
+
+        near: eigenvectors of an M before, to begin with where that helps.
+        """
 
     def nearly_eigen(self, M: Tensor, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The same nearly, by products, and whether it is sound, (…).
-
-        near: eigenvectors of an M before, to begin with.
-        """
+        """The same nearly, by products, and whether it is sound, (…)."""
         raise NotImplementedError  # axes need no search
 
     @abstractmethod
@@ -84,6 +92,10 @@ class Structure(ABC):
     @abstractmethod
     def rotate_back(self, U: Tensor, G: Tensor) -> Tensor:
         """U G."""
+
+    def vectors(self, d: int) -> int:
+        """How many of d coordinates are along eigenvectors: the first."""
+        return d
 
     def some(self, U: Tensor, like: Tensor, every: int) -> Tensor:
         """Every so many eigenvectors as columns (…, d, k), for d coordinates as `like` (…, d)."""
@@ -105,6 +117,23 @@ class Structure(ABC):
         """
         R = self.between(U, V)
         return s if R is None else self.left(R.square(), s)
+
+    def frame(self, U: Tensor) -> Tensor:
+        """The matrix of all coordinates, (…, k, d): what rotates, laid out in full."""
+        return self.dense(U).mT
+
+    def turn(self, m: Tensor, v: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+        """Means m and second moments v (…, d, e) in the basis U, carried into V."""
+        R = self.between(U, V)
+        return (m, v) if R is None else (self.left(R, m), self.left(R.square(), v))
+
+    def from_axes(self, v: Tensor, U: Tensor) -> Tensor:
+        """Second moments (…, d, e) along the side's axes, carried into the basis U."""
+        return self.left(U.square().mT, v)
+
+    def to_axes(self, v: Tensor, U: Tensor) -> Tensor:
+        """Second moments in the basis U, carried to the side's axes."""
+        return self.left(U.square(), v)
 
     def right(self, G: Tensor, M: Tensor) -> Tensor:
         """G M for a matrix G (…, e, d) and a symmetric M."""
@@ -147,7 +176,7 @@ class Dense(Structure):
     def inverse(self, M: Tensor, damping: Tensor | float, name: str) -> Tensor:
         return damped_inverse(M, damping, name)
 
-    def eigen(self, M: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    def eigen(self, M: Tensor, name: str, near: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return symmetric_eigen(M, name)
 
     def nearly_eigen(self, M: Tensor, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,6 +208,82 @@ class Dense(Structure):
 
 
 @dataclass(frozen=True)
+class Leading(Dense):
+    """The whole matrix, of whose eigenvectors there are the k leading ones, (d, k).
+
+    What is outside of these has a coordinate along each of the side's own axes, so that there are
+    k + d: [U'x; (I − UU')x]. They make a tight frame: x = U (c₁ − U'c₂) + c₂, and a change of
+    coordinates alone never changes a length.
+    """
+
+    k: int
+
+    def described(self) -> str:
+        return f"dense, {self.k} eigenvectors"
+
+    def eigen(self, M: Tensor, name: str, near: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        s, U = leading_eigen(M, self.k, near, name)
+        return torch.cat([s, self._rest(M, s, U)], -1), U
+
+    def nearly_eigen(self, M: Tensor, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if near is None:  # the axes with most, as good a start as any
+            most = self.diagonal(M).topk(self.k, dim=-1).indices
+            near = torch.zeros_like(M[..., : self.k]).scatter_(-2, most.unsqueeze(-2), 1.0)
+            s, near, _ = iterated_eigen(M, near)
+        s, U, sound = iterated_eigen(M, near)
+        return torch.cat([s, self._rest(M, s, U)], -1), U, sound
+
+    def _rest(self, M: Tensor, s: Tensor, U: Tensor) -> Tensor:
+        """What is left of the diagonal outside of the leading eigenvectors."""
+        along = (U.square() @ s.unsqueeze(-1)).squeeze(-1)
+        return (self.diagonal(M) - along).clamp_min(0)
+
+    def rotate(self, U: Tensor, G: Tensor) -> Tensor:
+        within = U.mT @ G
+        return torch.cat([within, G - U @ within], -2)
+
+    def rotate_back(self, U: Tensor, G: Tensor) -> Tensor:
+        within, rest = G[..., : self.k, :], G[..., self.k :, :]
+        return U @ (within - U.mT @ rest) + rest
+
+    def vectors(self, d: int) -> int:
+        return self.k
+
+    def stored_basis(self, d: int) -> tuple[int, ...]:
+        return d, self.k
+
+    def between(self, U: Tensor, V: Tensor) -> Tensor:
+        return self.frame(V) @ self.frame(U).mT
+
+    def rotate_rows(self, rows: Tensor, U: Tensor) -> Tensor:
+        within = rows @ U
+        return torch.cat([within, rows - within @ U.mT], -1)
+
+    def rotate_rows_back(self, rows: Tensor, U: Tensor) -> Tensor:
+        within, rest = rows[..., : self.k], rows[..., self.k :]
+        return (within - rest @ U) @ U.mT + rest
+
+    def turn(self, m: Tensor, v: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+        within, rest = v[..., : self.k, :], v[..., self.k :, :]
+        R = V.mT @ U
+        along = R.square() @ within + (V - U @ R.mT).square().mT @ rest
+        # What is outside of both is much the same, as the bases are.
+        outside = (U - V @ R).square() @ within + rest
+        return self.rotate(V, self.rotate_back(U, m)), torch.cat([along, outside], -2)
+
+    def frame(self, U: Tensor) -> Tensor:
+        outside = (U @ U.mT).neg_()
+        diagonal_of(outside).add_(1)
+        return torch.cat([U.mT, outside], -2)
+
+    def from_axes(self, v: Tensor, U: Tensor) -> Tensor:
+        return self.frame(U).square() @ v
+
+    def to_axes(self, v: Tensor, U: Tensor) -> Tensor:
+        return self.frame(U).mT.square() @ v
+
+
+@dataclass(frozen=True)
 class OnlyDiagonal(Structure):
     """The diagonal, (…, d). Its eigenvectors are the axes, and no tensor is kept for them."""
 
@@ -187,6 +292,9 @@ class OnlyDiagonal(Structure):
 
     def stored(self, d: int) -> tuple[int, ...]:
         return (d,)
+
+    def stored_basis(self, d: int) -> tuple[int, ...]:
+        return (0,)
 
     def second_moment(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         squares = rows.square()
@@ -206,7 +314,7 @@ class OnlyDiagonal(Structure):
         # As 1×1 matrices: the same care for what is not finite or not positive.
         return damped_inverse(M[..., None, None], wide, name)[..., 0, 0]
 
-    def eigen(self, M: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    def eigen(self, M: Tensor, name: str, near: Tensor | None = None) -> tuple[Tensor, Tensor]:
         require_finite(M, name)
         return M.clamp_min(0), M.new_zeros(0)
 
@@ -286,7 +394,7 @@ class Blocks(Structure):
         # Without damping the padding alone would make the last block singular.
         return damped_inverse(self.marked(M, 1.0), wide, name)
 
-    def eigen(self, M: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    def eigen(self, M: Tensor, name: str, near: Tensor | None = None) -> tuple[Tensor, Tensor]:
         # Below all others, so that no eigenvector mixes padding with what is there.
         below = -self.diagonal(M).sum(-1, keepdim=True).clamp_min(torch.finfo(M.dtype).tiny)
         s, U = symmetric_eigen(self.marked(M, below), name)
@@ -337,6 +445,46 @@ class Sides(NamedTuple):
 
 
 PLAIN = Sides()
+
+
+def in_full(sides: Sides, d_out: int, d_in: int) -> Sides:
+    """How bases of a layer's dense sides are kept, if of all coordinates there is one basis.
+
+    A wide side that is much longer than the other has its leading eigenvectors alone: what is
+    outside is nearly as well told apart along its own axes, at a small part of the price. Not where
+    sides are much the same, since the more coordinates there are the more takes it to orthogonalise
+    steps; where the other side's own axes are its basis, none are.
+    """
+    on_input, on_output = sides
+    if on_input == DENSE and (d_in >= LONGER * d_out or on_output == DIAGONAL):
+        on_input = _leading(d_in)
+    if on_output == DENSE and (d_out >= LONGER * d_in or on_input == DIAGONAL):
+        on_output = _leading(d_out)
+    return Sides(on_input, on_output)
+
+
+def _leading(d: int) -> Structure:
+    least, most = LEADING
+    return DENSE if d < ONE_IN * least else Leading(min(d // ONE_IN, most))
+
+
+def coordinates(U: Tensor, d: int) -> int:
+    """How many a side of d has in a basis U, however that is stored."""
+    leading = U.dim() > 1 and U.shape[-1] < U.shape[-2] == d
+    return d + U.shape[-1] if leading else d
+
+
+def of_basis(U: Tensor, d: int, side: Structure, dims: int) -> Structure:
+    """How the basis U of a side is stored: as its factor is, or in less.
+
+    d: of s along that side. dims: of s.
+    """
+    if U.numel() == 0:
+        return DIAGONAL  # the side's own axes, which take no tensor
+    if side == DENSE and U.dim() > dims:
+        return Blocks(U.shape[-1], d)
+    leading = side == DENSE and U.shape[-1] < U.shape[-2]
+    return Leading(U.shape[-1]) if leading else side
 
 
 def kronecker_apply(B: Tensor, A: Tensor, G: Tensor, sides: Sides = PLAIN) -> Tensor:
