@@ -313,6 +313,39 @@ def test_a_training_goes_on_from_its_state_bit_for_bit(basis):
     assert resumed.weights().equal(whole.weights())
 
 
+def test_a_state_goes_on_where_the_other_side_has_its_own_axes():
+    """The outputs of a squared error have nothing to do with each other."""
+
+    def trained(k: int, state: object = None) -> tuple[KFAC, Tensor]:
+        torch.manual_seed(0)
+        model, criterion = nn.Linear(280, 200), nn.MSELoss()
+        optimizer = KFAC(model, criterion, basis="orthogonal")
+        x, target = (
+            drawn(8 * 100, 280) * torch.arange(1.0, 281) ** -0.5,
+            drawn(8 * 100, 200, seed=1),
+        )
+        for i in range(8):
+            if i == k and state is None:
+                saved.append((copy.deepcopy(model.state_dict()), optimizer.state_dict()))
+            if i < k and state is not None:
+                continue
+            if i == k and state is not None:
+                model.load_state_dict(state[0])
+                optimizer.load_state_dict(state[1])
+            rows = slice(100 * i, 100 * i + 100)
+            optimizer.zero_grad()
+            criterion(model(x[rows]), target[rows]).backward()
+            optimizer.step()
+        return optimizer, nn.utils.parameters_to_vector(model.parameters())
+
+    saved: list[object] = []
+    optimizer, weights = trained(5)
+    (basis,) = optimizer._curvature.inverses.values()
+    assert basis.sides == Sides(Leading(70), DIAGONAL)
+    _, resumed = trained(5, saved[0])
+    assert resumed.equal(weights)
+
+
 def test_a_state_with_whole_bases_goes_on_with_leading_ones(monkeypatch):
     monkeypatch.setattr("kronewton.structure.LEADING", (10**6, 10**6))
     before = Training(basis="orthogonal")
@@ -343,3 +376,17 @@ def test_a_model_may_be_cast_in_mid_training():
     training.model.float()
     assert training.steps(range(6, 30)) < before
     assert of_kind(training) == 3
+
+
+def test_the_coverage_says_of_which_sides_not_all_eigenvectors_are_there():
+    training = Training(basis="orthogonal")
+    training.steps(range(2))
+    methods = [
+        row.method for row in training.optimizer.coverage().rows if row.parameter[-6:] == "weight"
+    ]
+    assert methods == [
+        "K-FAC orthogonal; input by 75 of 301 eigenvectors",
+        "K-FAC orthogonal; output by 75 of 300 eigenvectors",
+        "K-FAC orthogonal; input by 75 of 301 eigenvectors",
+        "K-FAC orthogonal",
+    ]

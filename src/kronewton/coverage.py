@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
 from kronewton.curvature import Curvature
+from kronewton.inverse import EigenInverse, Inverse
 from kronewton.layers import ENTRIES, Layer
 from kronewton.layers.lone import LoneKind
+from kronewton.structure import Leading
 
 
 @dataclass(frozen=True)
@@ -123,11 +125,24 @@ def covered(layer: Layer, curvature: Curvature, why: str) -> tuple[str, str, int
         return "not yet", "—", memory
     parts = ["sum of two K-FAC" if len(terms) == 2 else f"K-FAC {curvature.basis}"]
     parts += dict.fromkeys(s.described() for s in sides if s.described())
+    parts += in_part(curvature.inverses.get(layer.name))
     parts += ["steps in bfloat16"] if curvature.in_half(layer.name) else []
     found = dict.fromkeys(curvature.sharing(term) for term in terms or [layer.name])
     # Not chosen yet after a batch: it has seen the layer at one position of each example only.
     sharing = ["—" if how == "auto" and terms else how for how in found]
     return "; ".join(parts), "summed" if layer.kind.sums(layer) else ", ".join(sharing), memory
+
+
+def in_part(inverse: Inverse | None) -> list[str]:
+    """Of which sides there are the leading eigenvectors alone, in a basis of normalised steps."""
+    if not isinstance(inverse, EigenInverse):
+        return []
+    sides = ("input", inverse.sides.input, -1), ("output", inverse.sides.output, -2)
+    return [
+        f"{what} by {side.k} of {inverse.shape[dim]} eigenvectors"
+        for what, side, dim in sides
+        if isinstance(side, Leading)
+    ]
 
 
 def lazy(layer: Layer) -> bool:

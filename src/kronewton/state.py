@@ -17,7 +17,7 @@ from torch import Tensor
 from kronewton.errors import StateError
 from kronewton.layers import ENTRIES, TURNED, Layer
 from kronewton.options import BASES, plain, shown
-from kronewton.structure import DENSE, DIAGONAL, PLAIN, coordinates, fused, in_full, side_of
+from kronewton.structure import DENSE, DIAGONAL, coordinates, fused, leading, side_of
 
 VERSION = 8
 PRECONDITIONER_VERSION = 1
@@ -246,14 +246,17 @@ def _require_inverse(
     ways = {
         (way, d)
         for d, other in sides
-        for way in (DENSE, DIAGONAL, side_of(d, other, largest), fused(d, other))
+        for way in (DENSE, DIAGONAL, side_of(d, other, largest), fused(d, other), leading(d))
         if way is not None
     }
-    ways |= set(zip(in_full(PLAIN, d_out, d_in), (d_in, d_out), strict=True))
-    stored = [torch.Size((*lead, *way.stored_basis(d))) for way, d in ways]
+    # A matrix and its inverse are stored alike, eigenvectors perhaps in less.
+    stored = {
+        torch.Size((*lead, *shape))
+        for way, d in ways
+        for shape in (way.stored(d), way.stored_basis(d))
+    }
     for key in kept.keys() - {"s"}:
-        allowed = [*stored, torch.Size((0,))]
-        if kept[key].shape not in allowed:
+        if kept[key].shape not in stored | {torch.Size((0,))}:
             wanted = torch.Size((*lead, d_in, d_in))
             raise _of_another_model(f"{key} of an inverse", kept[key], owner, wanted)
     in_basis = shape

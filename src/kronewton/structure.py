@@ -457,21 +457,22 @@ def in_full(sides: Sides, d_out: int, d_in: int) -> Sides:
     """
     on_input, on_output = sides
     if on_input == DENSE and (d_in >= LONGER * d_out or on_output == DIAGONAL):
-        on_input = _leading(d_in)
+        on_input = leading(d_in)
     if on_output == DENSE and (d_out >= LONGER * d_in or on_input == DIAGONAL):
-        on_output = _leading(d_out)
+        on_output = leading(d_out)
     return Sides(on_input, on_output)
 
 
-def _leading(d: int) -> Structure:
+def leading(d: int) -> Structure:
+    """How the basis of a dense side of d is kept where that may be in less than all vectors."""
     least, most = LEADING
     return DENSE if d < ONE_IN * least else Leading(min(d // ONE_IN, most))
 
 
 def coordinates(U: Tensor, d: int) -> int:
     """How many a side of d has in a basis U, however that is stored."""
-    leading = U.dim() > 1 and U.shape[-1] < U.shape[-2] == d
-    return d + U.shape[-1] if leading else d
+    in_less = U.dim() > 1 and U.shape[-1] < U.shape[-2] == d
+    return d + U.shape[-1] if in_less else d
 
 
 def of_basis(U: Tensor, d: int, side: Structure, dims: int) -> Structure:
@@ -483,8 +484,8 @@ def of_basis(U: Tensor, d: int, side: Structure, dims: int) -> Structure:
         return DIAGONAL  # the side's own axes, which take no tensor
     if side == DENSE and U.dim() > dims:
         return Blocks(U.shape[-1], d)
-    leading = side == DENSE and U.shape[-1] < U.shape[-2]
-    return Leading(U.shape[-1]) if leading else side
+    in_less = side == DENSE and U.shape[-1] < U.shape[-2]
+    return Leading(U.shape[-1]) if in_less else side
 
 
 def kronecker_apply(B: Tensor, A: Tensor, G: Tensor, sides: Sides = PLAIN) -> Tensor:
