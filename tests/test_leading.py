@@ -320,10 +320,8 @@ def test_a_state_goes_on_where_the_other_side_has_its_own_axes():
         torch.manual_seed(0)
         model, criterion = nn.Linear(280, 200), nn.MSELoss()
         optimizer = KFAC(model, criterion, basis="orthogonal")
-        x, target = (
-            drawn(8 * 100, 280) * torch.arange(1.0, 281) ** -0.5,
-            drawn(8 * 100, 200, seed=1),
-        )
+        x = drawn(800, 280) * torch.arange(1.0, 281) ** -0.5 @ orthonormal(280, 280)
+        target = drawn(800, 200, seed=1)
         for i in range(8):
             if i == k and state is None:
                 saved.append((copy.deepcopy(model.state_dict()), optimizer.state_dict()))
