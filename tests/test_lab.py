@@ -350,6 +350,29 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest() -> None:
     assert run.optimizer.param_groups[1]["lr"] == run.setting["lr"] / 10
 
 
+@pytest.mark.parametrize("units", [False, True])
+def test_muon_orthogonalises_in_bfloat16_where_the_machine_has_units_for_it(units, monkeypatch):
+    """Elsewhere a product in it takes many times as long, and Muon would be no rival."""
+    told = {"avx512_bf16": units, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told)
+    seen, real = [], torch.Tensor.to
+
+    def spied(self, *args, **kwargs):
+        found = real(self, *args, **kwargs)
+        seen.append((self.ndim, found.dtype))
+        return found
+
+    run = begin("digits-mlp", "muon")
+    x, y = run.problem.train.x[:64], run.problem.train.y[:64]
+    run.problem.criterion(run.problem.model(x), y).backward()
+    monkeypatch.setattr(torch.Tensor, "to", spied)
+    run.optimizer.step()
+    monkeypatch.undo()
+    assert ((2, torch.bfloat16) in seen or (3, torch.bfloat16) in seen) == units
+    weights = nn.utils.parameters_to_vector(run.problem.model.parameters())
+    assert weights.isfinite().all()
+
+
 @pytest.mark.parametrize("name", RIVALS)
 def test_rival_trains_digits(name: str) -> None:
     run = begin(rival=name)

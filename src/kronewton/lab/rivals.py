@@ -7,8 +7,10 @@ set, and its grid is that one.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from types import ModuleType
 
@@ -154,8 +156,24 @@ def _muon(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
         {"params": hidden, "lr": lr, "momentum": momentum, "use_muon": True},
         {"params": rest, "lr": lr / 10, "use_muon": False},
     ]
+    _round_in(extra, _fast_dtype(model))
     optimizer: Optimizer = extra.Muon([g for g in groups if g["params"]], weight_decay=0.0)
     return optimizer
+
+
+def _fast_dtype(model: nn.Module) -> torch.dtype:
+    """bfloat16, unless the model is on a CPU without units for it, where products take for ever."""
+    told: Mapping[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # not in old torch
+    units = told.get("avx512_bf16") or told.get("amx_bf16")
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return torch.float32 if on_cpu and not units else torch.bfloat16
+
+
+def _round_in(library: ModuleType, dtype: torch.dtype) -> None:
+    """Have Muon orthogonalise in a precision, which its constructor can't be told."""
+    base = sys.modules[library.Muon.__mro__[1].__module__]
+    real = sys.modules["pytorch_optimizer.optimizer.utils.matrix"].zero_power_via_newton_schulz_5
+    base.zero_power_via_newton_schulz_5 = partial(real, dtype=dtype)  # type: ignore[attr-defined]
 
 
 LETTERS = {"beta1": "β₁", "momentum": "μ", "history": "m"}
