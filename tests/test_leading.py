@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kronewton import KFAC
+from kronewton import KFAC, structure
 from kronewton.drift import TOLERATED, Renewal, drift, find_by_products, price
 from kronewton.errors import NotPositiveDefinite, StateError
 from kronewton.inverse import EigenInverse, eigen_basis
@@ -199,15 +199,18 @@ def test_drift_is_that_of_the_leading_eigenvectors_with_all_others():
     assert float(drift(side, M, turned, s)) > 1.0
 
 
-def test_a_basis_stays_while_it_serves_and_is_found_from_the_old_one():
+def test_a_basis_stays_while_it_serves_and_is_found_from_the_old_one(monkeypatch):
     one, other = (Product(factor(20, s), factor(WIDE, s + 1), Sides()) for s in (0, 5))
     old = renewed(one)
     again = renewed(Product(one.P, 2 * one.Q, Sides()), old)
     assert again.U_A is old.U_A
     torch.testing.assert_close(again.s, 2 * old.s)
     turned = orthonormal(WIDE, WIDE, 7)
+    asked, real = [], structure.leading_eigen
+    monkeypatch.setattr(structure, "leading_eigen", lambda *args: asked.append(args) or real(*args))
     new = renewed(Product(one.P, turned @ other.Q @ turned.T, Sides()), old)
     assert new.U_A is not old.U_A
+    assert asked[0][2] is old.U_A
     kept = renewed(other, old, (False, False))
     assert kept.U_A is old.U_A
 
@@ -355,6 +358,7 @@ def test_a_state_with_whole_bases_goes_on_with_leading_ones(monkeypatch):
     after.optimizer.load_state_dict(before.optimizer.state_dict())
     assert after.steps(range(12, 40)) < before.steps(range(12, 13))
     assert of_kind(after) == 3
+    assert {moments.steps for moments in after.optimizer._curvature.moments.values()} == {40}
 
 
 @pytest.mark.parametrize("key", ["inverse_U_A", "inverse_s", "moments_m"])
