@@ -16,9 +16,20 @@ from torch import Tensor
 from kronewton.inverse import EigenInverse
 from kronewton.linalg import finite, ran_out_of_memory
 from kronewton.pair import Product
-from kronewton.structure import DENSE, DIAGONAL, Blocks, Sides, Structure, fused, in_full
+from kronewton.structure import (
+    DENSE,
+    DIAGONAL,
+    Blocks,
+    Dense,
+    Leading,
+    Sides,
+    Structure,
+    fused,
+    in_full,
+)
 
 COLUMNS = 16  # of a basis, from which its drift is measured
+PROBES, OUTGROWN = 4, 2.0  # vectors; times the least leading eigenvalue, that may be outside
 TOLERATED = 0.3  # of squared correlations of a coordinate with all others, together
 INDEPENDENT = 1.0  # likewise between a side's own axes: they are as good a basis as any
 FEW_INDEPENDENT = 0.25  # of a small side, of which all correlations are few
@@ -189,15 +200,20 @@ def _side(
             return _axes(diagonal, what)
         old, parts = (None, None) if small else (old, parts)
         simplest = None
-        if old is not None and (old[0] == structure or (dense and isinstance(old[0], Blocks))):
+        of_dense = (Blocks,) if worth else (Blocks, Dense)  # that a dense one's may be
+        if old is not None and (old[0] == structure or (dense and isinstance(old[0], of_dense))):
             before, U, s = old
             s = s * (diagonal.sum(-1) / s.sum(-1).clamp_min(TINY)).unsqueeze(-1)
             if before != structure and worth:  # what is between parts, their drift does not show
                 simplest = _simplest(M, diagonal, parts, rows)
             kept = M if before == structure else before.of_dense(M)
             serves = simplest in (None, before)
-            if not worth or (serves and float(drift(before, kept, U, s)) < TOLERATED):
+            if not worth:
                 return Side(before, None, what, found=(s, U))
+            if serves and float(drift(before, kept, U, s)) < TOLERATED:
+                if not isinstance(before, Leading) or not outgrown(before, kept, U, s):
+                    return Side(before, None, what, found=(s, U))
+                last = None  # no rounds lead from there to what has nothing to do with it
         if old is not None and old[0] == DIAGONAL and not worth:
             simplest = DIAGONAL
         elif dense and simplest is None:
@@ -212,6 +228,26 @@ def _side(
 
 def _axes(diagonal: Tensor, what: str) -> Side:
     return Side(DIAGONAL, None, what, found=(diagonal.clone(), diagonal.new_zeros(0)))
+
+
+def outside(structure: Leading, M: Tensor, U: Tensor, s: Tensor) -> Tensor:
+    """How much curvature there is beside leading eigenvectors U, over the least of theirs, (…).
+
+    A Rayleigh quotient after one step of a power iteration from a few random vectors: what has
+    come up far from all of U makes no correlation with it that `drift` would show.
+    """
+    generator = torch.Generator(M.device).manual_seed(0)
+    shape = *M.shape[:-1], PROBES
+    x = torch.randn(shape, dtype=M.dtype, device=M.device, generator=generator)
+    y = M @ (x - U @ (U.mT @ x))
+    y = y - U @ (U.mT @ y)
+    quotient = (y * (M @ y)).sum((-2, -1)) / y.square().sum((-2, -1)).clamp_min(TINY)
+    return quotient / s[..., : structure.k].amin(-1).clamp_min(TINY)
+
+
+def outgrown(structure: Leading, M: Tensor, U: Tensor, s: Tensor) -> bool:
+    """Whether leading eigenvectors are no more the leading ones."""
+    return bool((outside(structure, M, U, s) > OUTGROWN).any())
 
 
 def drift(structure: Structure, M: Tensor, U: Tensor, s: Tensor) -> Tensor:

@@ -103,17 +103,22 @@ def iterated_eigen(matrix: Tensor, near: Tensor | None) -> tuple[Tensor, Tensor,
     """Nearly what `symmetric_eigen` gives, by products and in no order, and whether it is sound.
 
     A few rounds of simultaneous iteration on matrices (…, d, d), from the eigenvectors `near` of
-    ones that were much the same, or from the axes; eigenvectors keep their places and signs. Not
+    ones that were much the same, (…, d, k): all, or the leading ones, of which it is then; or from
+    the axes, for all. Eigenvectors keep their places and signs. Not
     sound, (…), is one that is not finite, or whose columns are too much alike to be told apart.
     """
     wide = matrix.double()  # columns that are nearly alike have a Gram matrix that is singular
     mean = diagonal(wide).mean(-1)[..., None, None]
     mean = torch.where(mean == 0, torch.ones_like(mean), mean)  # the axes of nothing are as good
     least = LEAST_EIGENVALUE * mean
-    axes = torch.eye(matrix.shape[-1], dtype=wide.dtype, device=wide.device)
-    U = axes.expand_as(wide) if near is None else near.double()
+    if near is None:
+        near = torch.eye(matrix.shape[-1], dtype=wide.dtype, device=wide.device).expand_as(wide)
+        rounds = AFRESH
+    else:
+        rounds = AGAIN
+    U = near.double()
     M_U, sound = wide @ U, torch.ones_like(least[..., 0, 0], dtype=torch.bool)
-    for _ in range(AFRESH if near is None else AGAIN):
+    for _ in range(rounds):
         # The largest first: every column loses what it has of those before it. In float32, so that
         # rounding does not decide about those without any.
         size = ((U * M_U).sum(-2, keepdim=True) + least) / mean

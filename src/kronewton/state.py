@@ -249,14 +249,10 @@ def _require_inverse(
         for way in (DENSE, DIAGONAL, side_of(d, other, largest), fused(d, other), leading(d))
         if way is not None
     }
-    # A matrix and its inverse are stored alike, eigenvectors perhaps in less.
-    stored = {
-        torch.Size((*lead, *shape))
-        for way, d in ways
-        for shape in (way.stored(d), way.stored_basis(d))
-    }
+    stored = {torch.Size((*lead, *way.stored(d))) for way, d in ways} | {torch.Size((0,))}
+    bases = {torch.Size((*lead, *way.stored_basis(d))) for way, d in ways}
     for key in kept.keys() - {"s"}:
-        if kept[key].shape not in stored | {torch.Size((0,))}:
+        if kept[key].shape not in (stored | bases if key.startswith("U_") else stored):
             wanted = torch.Size((*lead, d_in, d_in))
             raise _of_another_model(f"{key} of an inverse", kept[key], owner, wanted)
     in_basis = shape
