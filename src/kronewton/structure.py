@@ -218,9 +218,6 @@ class Leading(Dense):
 
     k: int
 
-    def described(self) -> str:
-        return f"dense, {self.k} eigenvectors"
-
     def eigen(self, M: Tensor, name: str, near: Tensor | None = None) -> tuple[Tensor, Tensor]:
         s, U = leading_eigen(M, self.k, near, name)
         return torch.cat([s, self._rest(M, s, U)], -1), U
