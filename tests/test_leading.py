@@ -401,6 +401,16 @@ def test_a_state_whose_parts_do_not_fit_is_refused(key):
         Training(basis="orthogonal").optimizer.load_state_dict(state)
 
 
+def test_no_inverse_has_the_shape_of_leading_eigenvectors():
+    training = Training(basis="factored")
+    training.steps(range(2))
+    state = training.optimizer.state_dict()
+    kept = next(k for k in state["state"].values() if "kfac_inverse_A_inverse" in k)
+    kept["kfac_inverse_A_inverse"] = kept["kfac_inverse_A_inverse"][:, :75]
+    with pytest.raises(StateError, match=r"A_inverse of an inverse of shape \(301, 75\)"):
+        Training(basis="factored").optimizer.load_state_dict(state)
+
+
 def test_a_model_may_be_cast_in_mid_training():
     training = Training(basis="orthogonal")
     before = training.steps(range(6))
