@@ -288,11 +288,10 @@ class Pacing:
     def agreed(self, pace: Pace, agreement: float | None, noise: float = 1.0) -> Pace:
         """One step on. agreement: −⟨gradient, last step⟩ for lr 1; None: there was none."""
         steps = pace.steps + 1
-        pace = replace(pace, steps=steps)
         if math.isnan(pace.lr):
-            return replace(pace, lr=self.highest)
+            return replace(pace, steps=steps, lr=self.highest)
         if agreement is None or not math.isfinite(agreement):
-            return pace
+            return replace(pace, steps=steps)
         w = self.agreement_memory
         square = w * pace.square + (1 - w) * agreement**2
         size = math.sqrt(square / (1 - w ** (steps - 1)))
@@ -301,7 +300,7 @@ class Pacing:
         lr = pace.lr * math.exp(self.sensitivity * (relative + patience))
         low = max(self.lowest, min(self.floor(steps), self.least * pace.ceiling, pace.lr))
         lr = min(max(lr, low), self.highest)
-        return replace(pace, lr=lr, square=square)
+        return replace(pace, steps=steps, lr=lr, square=square)
 
     def lr(self, pace: Pace, tried: bool = True) -> float:
         """Of the step that is made now."""

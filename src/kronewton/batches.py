@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kronewton.part import Part
 from kronewton.quadratic import QuadraticModel, Term
-from kronewton.replay import Autocast, Replayer, leaves, versions
+from kronewton.replay import Autocast, Replayer, tensors_in, versions
 
 MARKED = 64  # numbers of each example that its mark is of, about
 
@@ -44,6 +44,11 @@ class Batches:
         self._earlier: deque[list[Part]] = deque(maxlen=earlier)
         self._precision: set[tuple[torch.dtype, torch.device]] = set()  # of the model then
 
+    @property
+    def keeps(self) -> bool:
+        """Whether batches are kept for the curvature of later steps."""
+        return bool(self._earlier.maxlen)
+
     def quadratic(self, parts: Sequence[Part]) -> QuadraticModel:
         """The quadratic model of the parts, with the curvature of the earlier batches, too."""
         self._forget_what_is_cast()
@@ -64,12 +69,11 @@ class Batches:
     def remember(self, parts: Sequence[Part]) -> None:
         """Keep a batch for the curvature of later steps, without its statistics."""
         self._forget_what_is_cast()
-        if self._earlier.maxlen:
-            self._earlier.append([part.at(part.output) for part in parts])
+        self._earlier.append([part.at(part.output) for part in parts])
 
     def _forget_what_is_cast(self) -> None:
         """Let go of earlier batches if the model was cast or moved since: it takes them no more."""
-        if not self._earlier.maxlen:
+        if not self.keeps:
             return
         now = {(p.dtype, p.device) for p in self.replayer.originals}
         if now != self._precision:
@@ -179,7 +183,7 @@ def mark(parts: Sequence[Part]) -> float:
     total = 0.0
     for part in parts:
         assert part.call is not None
-        for _, t in leaves((part.call.args, part.call.kwargs, part.targets)):
+        for t in tensors_in((part.call.args, part.call.kwargs, part.targets)):
             if t.layout == torch.strided and t.numel():
                 real = torch.view_as_real(t.detach()) if t.is_complex() else t.detach()
                 rows = real.flatten(1) if real.dim() > 1 else real.reshape(-1, 1)

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from kronewton.errors import CriterionError
-from kronewton.replay import leaves
+from kronewton.replay import tensors_in
 
 
 def device_of(args: Any, kwargs: Any) -> str:
     """The type of device of the first tensor that a module was given."""
-    return next((t.device.type for _, t in leaves((args, kwargs))), "cpu")
+    return next((t.device.type for t in tensors_in((args, kwargs))), "cpu")
 
 
 def arguments_of(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -40,6 +40,7 @@ from kronewton.replay import (
     compiled,
     leaves,
     random_state,
+    tensors_in,
     versions,
 )
 from kronewton.rows import joined
@@ -210,7 +211,7 @@ class Watcher:
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._watching():
             return
-        given = [t for _, t in leaves((args, kwargs)) if t.dim()]
+        given = [t for t in tensors_in((args, kwargs)) if t.dim()]
         if given and all(t.shape[0] == 0 for t in given):
             raise CriterionError(
                 f"{type(model).__name__} was called on an empty batch, {tuple(given[0].shape)}. "

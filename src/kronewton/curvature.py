@@ -451,7 +451,7 @@ class Curvature:
         self.restless = 1.0
 
     def normalised(self, gradients: Mapping[str, Tensor], decay: float) -> dict[str, Tensor]:
-        """Adam's step for each layer's gradient, in its eigenbasis; in its own entries without.
+        """Adam's step down each layer's gradient, in its eigenbasis; in its own entries without.
 
         In basis "orthogonal" each is then orthogonalised in its curvature.
         """

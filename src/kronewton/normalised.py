@@ -69,7 +69,7 @@ class Moments:
 def normalised(
     moments: Sequence[Moments], rotated: Sequence[Tensor], decay: float, *, ahead: bool = False
 ) -> list[Tensor]:
-    """m/√v of all layers after one more gradient of each, without the bias of their start.
+    """−m/√v of all layers after one more gradient of each, without the bias of their start.
 
     ahead: with m as it would be if that gradient came once more (Nesterov's momentum).
     """
@@ -94,7 +94,7 @@ def normalised(
         one.left *= decay
         # Both corrections are one number: m/(1 − Πβ₁) over √(v/(1 − β₂ⁿ)).
         left = one.left * decay if ahead else one.left
-        corrections.append(math.sqrt(1 - SECOND_DECAY**one.steps) / (1 - left))
+        corrections.append(-math.sqrt(1 - SECOND_DECAY**one.steps) / (1 - left))
     torch._foreach_mul_(found, corrections)
     return list(found)
 
@@ -107,13 +107,22 @@ def in_curvature(
     rows: of each layer in a batch. A step that is not orthogonalised has its coordinates weighted
     by the same power of the curvature, and keeps its length. What is not `curved` stays as it is.
     """
-    names = [n for n in bases if curved(steps[n], bases[n].sides)]
-    flat = [n for n in names if flattenable(steps[n], bases[n].sides, rows.get(n, 0))]
-    parts = {n: in_parts(steps[n], bases[n].sides) for n in names}
-    made = orthogonalised([parts[n] for n in flat], [bases[n].metric for n in flat])
-    found = {n: weighted(parts[n], bases[n].metric) for n in parts.keys() - set(flat)}
+    found, flat = dict(steps), {}
+    for name, basis in bases.items():
+        step = steps[name]
+        if curved(step, basis.sides):
+            part = in_parts(step, basis.sides)
+            if flattenable(step, basis.sides, rows.get(name, 0)):
+                flat[name] = part
+            else:
+                found[name] = weighted(part, basis.metric)
+    made = orthogonalised(list(flat.values()), [bases[name].metric for name in flat])
     found.update(zip(flat, made, strict=True))
-    return {n: found[n].reshape(X.shape) if n in found else X for n, X in steps.items()}
+    return {name: _shaped(X, steps[name].shape) for name, X in found.items()}
+
+
+def _shaped(X: Tensor, shape: torch.Size) -> Tensor:
+    return X if X.shape == shape else X.reshape(shape)
 
 
 def weighted(step: Tensor, weights: Sequence[Tensor]) -> Tensor:
@@ -189,8 +198,8 @@ def orthogonalised(
     for same in alike.values():
         most = max(1, TOGETHER // steps[same[0]].numel())
         for some in (same[k : k + most] for k in range(0, len(same), most)):
-            wide = [_wide(steps[i]) for i in some]
-            X = _one(wide)
+            alone = len(some) == 1
+            X = _one([_wide(steps[i]) for i in some])
             W = _together([_wide_weights(steps[i], weights[i]) for i in some]) if weights else ()
             length = _length(X)
             for one in W:
@@ -199,7 +208,7 @@ def orthogonalised(
             for one in W:
                 flat *= one
             flat *= length / _length(flat).clamp_min_(TINY)
-            for i, made in zip(some, flat.reshape(len(some), *wide[0].shape), strict=True):
+            for i, made in zip(some, (flat,) if alone else flat, strict=True):
                 found[i] = made if steps[i].shape == made.shape else made.mT
     return found
 
@@ -210,9 +219,8 @@ def _together(weights: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
 
 
 def _one(tensors: Sequence[Tensor]) -> Tensor:
-    """Matrices, or batches of them, of one shape (…, m, n) as one batch (k, m, n)."""
-    alone = len(tensors) == 1
-    return (tensors[0].unsqueeze(0) if alone else torch.stack(list(tensors))).flatten(0, -3)
+    """Matrices, or batches of them, of one shape (…, m, n) as a batch, (k, …, m, n); one alone."""
+    return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def _length(X: Tensor) -> Tensor:
@@ -221,31 +229,34 @@ def _length(X: Tensor) -> Tensor:
 
 
 def _in_rounds(X: Tensor) -> Tensor:
-    """Wide matrices (k, m, n), no longer than one, with singular values near one.
+    """Wide matrices (…, m, n), no longer than one, with singular values near one.
 
     Where that is faster in half precision, as in Jordan et al.: polar is not met by much more.
     """
+    if X.dim() > 3:
+        return _in_rounds(X.flatten(0, -3)).reshape(X.shape)
     given = X.dtype
     X = X.to(_rough_dtype(X))
+    plus = torch.addmm if X.dim() == 2 else torch.baddbmm
     first, third, fifth = QUINTIC
     squared = X.shape[-1] >= WIDE * X.shape[-2]  # fewer products are with X itself
-    gram, factor = torch.bmm(X, X.mT), None
+    gram, factor = X @ X.mT, None
     for k in range(ROUNDS):
-        Q = torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth)  # and first·I
+        Q = plus(gram, gram, gram, beta=third, alpha=fifth)  # and first·I
         last = k + 1 == ROUNDS
         if not squared:
-            X = torch.baddbmm(X, Q, X, beta=first)
-            gram = gram if last else torch.bmm(X, X.mT)
+            X = plus(X, Q, X, beta=first)
+            gram = gram if last else X @ X.mT
             continue
         if not last:
-            gram = torch.baddbmm(gram, Q, gram, beta=first)
-            gram = torch.baddbmm(gram, gram, Q, beta=first)
+            gram = plus(gram, Q, gram, beta=first)
+            gram = plus(gram, gram, Q, beta=first)
         if factor is None:
             factor = Q
             diagonal(factor).add_(first)
         else:
-            factor = torch.baddbmm(factor, Q, factor, beta=first)
-    return (X if factor is None else torch.bmm(factor, X)).to(given)
+            factor = plus(factor, Q, factor, beta=first)
+    return (X if factor is None else factor @ X).to(given)
 
 
 def _wide(step: Tensor) -> Tensor:

@@ -344,7 +344,7 @@ class KFAC(Optimizer):
     def _learn(self, watcher: Watcher, planner: Planner, parts: Sequence[Part]) -> None:
         """Renew the factors by what was captured, or is now sampled from the step's batch."""
         rows, turn = self._rows(planner), turn_of(self._steps, planner.intervals()[0])
-        if rows is not None and self._captures(planner) and not watcher.capturing:
+        if rows is not None and not watcher.capturing and self._captures(planner):
             known, terms = self._curvature.most_rows, self._curvature.trained_terms
             if self._sampler.sample(parts, rows, known, turn, terms):
                 rows = None  # all that were taken
@@ -380,7 +380,7 @@ class KFAC(Optimizer):
 
     def _move(self, plan: Plan) -> None:
         """Δ = lr·d + momentum·Δ_previous; a group's factor of an automatic lr is applied last."""
-        if self._previous is None:
+        if self._previous is None or plan.momentum == 0:
             self._previous = list(torch._foreach_mul(plan.direction, plan.lr))
         else:
             torch._foreach_mul_(self._previous, plan.momentum)
@@ -419,7 +419,12 @@ class KFAC(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Throw the gradients away, and with them the statistics that came with them."""
-        super().zero_grad(set_to_none)
+        if set_to_none:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad = None
+        else:
+            super().zero_grad(set_to_none)
         self._unmade = None
         if self._watcher is not None:
             self._watcher.discard()

@@ -50,5 +50,5 @@ class Steering:
     precondition: Callable[[Vector, float], list[Tensor]]  # (B ⊗ A + damping·I)⁻¹ v, all layers
     scaled: Callable[[Sequence[Tensor]], list[Tensor]]  # by the groups' lr, where it is a number
     gradients: Callable[[], list[Tensor]]
-    normalised: Callable[[float], list[Tensor]]  # m/√v in the eigenbases; decay of m → all layers
+    normalised: Callable[[float], list[Tensor]]  # −m/√v in the eigenbases; decay of m → all layers
     change: Callable[[Sequence[Tensor], float], list[Tensor]]  # of the parameters, by direction, lr

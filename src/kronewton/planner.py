@@ -166,8 +166,8 @@ class Planner:
         return ROWS if self.normalising and self.options.fisher != "exact" else None
 
     def remember(self, parts: Sequence[Part]) -> None:
-        """Keep a batch for the curvature of later steps, if it can be."""
-        if self.models(parts):
+        """Keep a batch for the curvature of later steps, if it can be and is asked for."""
+        if self.batches.keeps and self.models(parts):
             self.batches.remember(parts)
 
     def _known(self) -> str:
@@ -312,7 +312,7 @@ class Planner:
         options = self.options
         given = options.momentum
         decay = FIRST_DECAY if isinstance(given, str) else float(given)
-        direction = self.steering.scaled(torch._foreach_neg(self.steering.normalised(decay)))
+        direction = self.steering.scaled(self.steering.normalised(decay))
         if options.lr != AUTO:
             self.pace = replace(self.pace, steps=self.pace.steps + 1)
             return Plan(direction, 1.0, 0.0)

@@ -386,9 +386,18 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
             yield from leaves(item, (*path, index))
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor in a nest of tuples, lists and dicts, in the order of `leaves`."""
+    if isinstance(value, Tensor):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value
+    nested = isinstance(value, (dict, tuple, list))
+    return [tensor for item in inner for tensor in tensors_in(item)] if nested else []
+
+
 def versions(value: Any) -> list[int]:
     """How often each tensor in a nest has been changed in place."""
-    return [tensor._version for _, tensor in leaves(value)]
+    return [tensor._version for tensor in tensors_in(value)]
 
 
 def follow(value: Any, path: Path) -> Tensor:

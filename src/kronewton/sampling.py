@@ -25,7 +25,7 @@ from kronewton.capture import Watcher
 from kronewton.factors import PART, in_turn
 from kronewton.fisher import Fisher
 from kronewton.part import Part
-from kronewton.replay import Inner, ModelCall, Path, Replayer, leaves
+from kronewton.replay import Inner, ModelCall, Path, Replayer, tensors_in
 from kronewton.rows import joined
 
 MOST = 0.5  # of a batch, for a pass of its own to pay
@@ -86,7 +86,7 @@ class Sampler:
         # A matrix that the criterion's input depends on beside the model's output.
         if part.bridge is not None and self.watcher.filing.unexplained:
             return False
-        given = (t for _, t in leaves((part.call.args, part.call.kwargs)))
+        given = tensors_in((part.call.args, part.call.kwargs))
         return not any(t.grad_fn is not None for t in given)  # of calls before this one
 
     def _taken(self, part: Part, within: slice, N: int) -> Part:
@@ -185,7 +185,7 @@ def _mixes(module: nn.Module) -> bool:
 def _divides(part: Part, N: int) -> bool:
     """Whether a part of the arguments is examples, and none an index of what else would be cut."""
     assert part.call is not None
-    given = [t for _, t in leaves((part.call.args, part.call.kwargs)) if t.dim()]
+    given = [t for t in tensors_in((part.call.args, part.call.kwargs)) if t.dim()]
     cut = [len(t) == N for t in given]
     if not any(cut) or part.output.device.type == "cpu":
         return any(cut)
