@@ -17,12 +17,22 @@ from kronewton.errors import NotPositiveDefinite, StateError
 from kronewton.inverse import EigenInverse, eigen_basis
 from kronewton.normalised import Moments, in_curvature
 from kronewton.pair import Product
-from kronewton.structure import DENSE, DIAGONAL, LEADING, ONE_IN, Blocks, Leading, Sides, in_full
+from kronewton.structure import (
+    DENSE,
+    DIAGONAL,
+    FEWEST,
+    MOST,
+    ONE_IN,
+    WIDE,
+    Blocks,
+    Leading,
+    Sides,
+    in_full,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-WIDE = ONE_IN * LEADING[0]
-K = LEADING[0]
+K = WIDE // ONE_IN
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -156,14 +166,17 @@ def test_moments_of_a_layer_that_had_no_basis_are_carried():
 @pytest.mark.parametrize(
     ("sides", "d_out", "d_in", "wanted"),
     [
-        (Sides(), 32, WIDE, Sides(Leading(K), DENSE)),
+        (Sides(), 32, WIDE, Sides(Leading(32), DENSE)),
+        (Sides(), 100, WIDE, Sides(Leading(K), DENSE)),
+        (Sides(), 10, 2000, Sides(Leading(FEWEST), DENSE)),
         (Sides(), 32, WIDE - 1, Sides()),
         (Sides(), WIDE, 32, Sides(DENSE, Leading(K))),
         (Sides(), WIDE, WIDE, Sides()),
         (Sides(), 300, 599, Sides()),
         (Sides(), 300, 600, Sides(Leading(150), DENSE)),
         (Sides(), 600, 300, Sides(DENSE, Leading(150))),
-        (Sides(), 8, 2000, Sides(Leading(LEADING[1]), DENSE)),
+        (Sides(), 500, 2000, Sides(Leading(MOST), DENSE)),
+        (Sides(), 2000, 8, Sides(DENSE, Leading(MOST))),
         (Sides(DENSE, DIAGONAL), 784, WIDE, Sides(Leading(K), DIAGONAL)),
         (Sides(DIAGONAL, DENSE), WIDE, 50_000, Sides(DIAGONAL, Leading(K))),
         (Sides(DENSE, Blocks(256, 1024)), 1024, 256, Sides(DENSE, Blocks(256, 1024))),
@@ -175,8 +188,7 @@ def test_the_longer_side_has_leading_eigenvectors_where_it_is_wide(sides, d_out,
 
 def test_a_basis_tells_coordinates_apart_and_keeps_the_trace():
     one = Product(factor(20, 1), factor(WIDE + 8), Sides())
-    found = renewed(one)
-    k = (WIDE + 8) // ONE_IN
+    found, k = renewed(one), 20
     assert found.sides == Sides(Leading(k), DENSE)
     assert found.U_A.shape == (WIDE + 8, k)
     assert found.s.shape == (20, WIDE + 8 + k)
@@ -217,7 +229,7 @@ def test_a_basis_stays_while_it_serves_and_is_found_from_the_old_one(monkeypatch
 
 @pytest.mark.parametrize("size", [5.0, 50.0])
 def test_what_comes_up_outside_is_noticed_though_it_is_correlated_with_no_leading_one(size):
-    one = Product(factor(20, 1), factor(WIDE), Sides())
+    one = Product(factor(K, 1), factor(WIDE), Sides())
     old = renewed(one)
     s = old.spectra[0] / old.spectra[0].sum() * one.Q.trace()
     side = Leading(K)
@@ -248,11 +260,11 @@ def test_a_basis_that_is_not_worth_finding_stays_in_whatever_way_it_is_kept():
 def test_by_products_alone_it_is_nearly_the_same(again, monkeypatch):
     monkeypatch.setattr("kronewton.drift.by_products", lambda M: True)
     monkeypatch.setattr(torch.linalg, "eigh", None)
-    one = Product(factor(20, 1), factor(WIDE), Sides())
+    one = Product(factor(K, 1), factor(WIDE), Sides())
     found = renewed(one)
     if again:
         turned = orthonormal(WIDE, WIDE, 7)
-        one = Product(factor(20, 2), turned @ factor(WIDE, 3) @ turned.T, Sides())
+        one = Product(factor(K, 2), turned @ factor(WIDE, 3) @ turned.T, Sides())
         found = renewed(one, found)
     U, s_A = found.U_A, found.spectra[0] / found.spectra[0].sum() * one.Q.trace()
     torch.testing.assert_close(U.T @ U, torch.eye(K), rtol=0, atol=1e-9)
@@ -327,7 +339,7 @@ def test_a_training_takes_as_many_steps_as_with_whole_bases(monkeypatch):
             losses.append(math.log(training.steps(range(60))))
             assert of_kind(training) == leading
         found[kind] = sum(losses) / len(losses)
-        monkeypatch.setattr("kronewton.structure.LEADING", (10**6, 10**6))
+        monkeypatch.setattr("kronewton.structure.WIDE", 10**6)
     assert found["leading"] < found["whole"] + 0.35
     assert found["whole"] < math.log(0.04)
 
@@ -377,7 +389,7 @@ def test_a_state_goes_on_where_the_other_side_has_its_own_axes():
 
 
 def test_a_state_with_whole_bases_goes_on_with_leading_ones(monkeypatch):
-    monkeypatch.setattr("kronewton.structure.LEADING", (10**6, 10**6))
+    monkeypatch.setattr("kronewton.structure.WIDE", 10**6)
     before = Training(basis="orthogonal")
     before.steps(range(12))
     assert of_kind(before) == 0
@@ -426,8 +438,8 @@ def test_the_coverage_says_of_which_sides_not_all_eigenvectors_are_there():
         row.method for row in training.optimizer.coverage().rows if row.parameter[-6:] == "weight"
     ]
     assert methods == [
-        "K-FAC orthogonal; input by 75 of 301 eigenvectors",
+        "K-FAC orthogonal; input by 24 of 301 eigenvectors",
         "K-FAC orthogonal; output by 75 of 300 eigenvectors",
-        "K-FAC orthogonal; input by 75 of 301 eigenvectors",
+        "K-FAC orthogonal; input by 24 of 301 eigenvectors",
         "K-FAC orthogonal",
     ]

@@ -15,6 +15,9 @@ from kronewton.errors import NotPositiveDefinite
 LEAST_EIGENVALUE = 1e-4  # of the mean: columns with less are not told apart by iteration
 AFRESH, AGAIN = 4, 2  # rounds from the axes, and from a basis
 LEADING_AFRESH, LEADING_AGAIN = 2, 1  # rounds for the leading ones, from random columns, from them
+BESIDE = (
+    16  # random columns more than there are leading ones, or the last of these take more rounds
+)
 HALF = 2**22  # multiplications in a product, from which half precision pays for its casts
 JITTERS = (0.0, 1e-9, 1e-7, 1e-5, 1e-3)  # added to the diagonal, relative to its mean
 
@@ -90,13 +93,13 @@ def leading_eigen(matrix: Tensor, k: int, near: Tensor | None, name: str) -> tup
     if U is None:
         # The user's stream of draws stays as it is.
         generator = torch.Generator(matrix.device).manual_seed(0)
-        shape = *matrix.shape[:-1], k
+        shape = *matrix.shape[:-1], min(k + BESIDE, matrix.shape[-1])
         U = torch.randn(shape, dtype=matrix.dtype, device=matrix.device, generator=generator)
         rounds = LEADING_AFRESH
     for _ in range(rounds):
         U = torch.linalg.qr(matrix @ U).Q
     s, V = symmetric_eigen(U.mT @ (matrix @ U), name)
-    return s, U @ V
+    return s[..., -k:], U @ V[..., -k:]
 
 
 def iterated_eigen(matrix: Tensor, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

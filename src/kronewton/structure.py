@@ -26,8 +26,9 @@ from kronewton.linalg import (
 from kronewton.linalg import diagonal as diagonal_of
 
 LEAST_BLOCK = 16  # smaller ones say little more than the diagonal, and cost more
+WIDE = 256  # from this side on
 ONE_IN = 4  # of a wide side's eigenvectors are its leading ones: half of all products are saved
-LEADING = 64, 256  # of them at least, and at most
+FEWEST, MOST = 16, 256  # of them
 LONGER = 2  # times the other side: below, orthogonalising takes more than turning saves
 
 
@@ -448,22 +449,23 @@ def in_full(sides: Sides, d_out: int, d_in: int) -> Sides:
     """How bases of a layer's dense sides are kept, if of all coordinates there is one basis.
 
     A wide side that is much longer than the other has its leading eigenvectors alone: what is
-    outside is nearly as well told apart along its own axes, at a small part of the price. Not where
+    outside is nearly as well told apart along its own axes, at a small part of the price. Of inputs
+    there are no more than of outputs, as the ten classes of a wide classifier: the others would be
+    the sample's, and the axes are better. Not where
     sides are much the same, since the more coordinates there are the more takes it to orthogonalise
     steps; where the other side's own axes are its basis, none are.
     """
     on_input, on_output = sides
     if on_input == DENSE and (d_in >= LONGER * d_out or on_output == DIAGONAL):
-        on_input = leading(d_in)
+        on_input = leading(d_in, d_out)
     if on_output == DENSE and (d_out >= LONGER * d_in or on_input == DIAGONAL):
         on_output = leading(d_out)
     return Sides(on_input, on_output)
 
 
-def leading(d: int) -> Structure:
+def leading(d: int, most: int = MOST) -> Structure:
     """How the basis of a dense side of d is kept where that may be in less than all vectors."""
-    least, most = LEADING
-    return DENSE if d < ONE_IN * least else Leading(min(d // ONE_IN, most))
+    return DENSE if d < WIDE else Leading(min(d // ONE_IN, max(FEWEST, most), MOST))
 
 
 def coordinates(U: Tensor, d: int) -> int:
