@@ -443,3 +443,12 @@ def test_the_coverage_says_of_which_sides_not_all_eigenvectors_are_there():
         "K-FAC orthogonal; input by 24 of 301 eigenvectors",
         "K-FAC orthogonal",
     ]
+
+
+@pytest.mark.parametrize(("d", "n"), [(WIDE, 0), (2 * WIDE, 128)])
+def test_few_of_many_are_found_well_enough_not_to_count_as_drifted(d, n):
+    M, side = factor(d, n=n), Leading(FEWEST)
+    s, U = side.eigen(M, "A")
+    assert U.shape == (d, FEWEST)
+    assert float(drift(side, M, U, s)) < 0.5 * TOLERATED
+    assert float(s[:FEWEST].sum()) > 0.999 * float(torch.linalg.eigvalsh(M)[-FEWEST:].sum())
