@@ -450,10 +450,10 @@ def in_full(sides: Sides, d_out: int, d_in: int) -> Sides:
 
     A wide side that is much longer than the other has its leading eigenvectors alone: what is
     outside is nearly as well told apart along its own axes, at a small part of the price. Of inputs
-    there are no more than of outputs, as the ten classes of a wide classifier: the others would be
-    the sample's, and the axes are better. Not where
-    sides are much the same, since the more coordinates there are the more takes it to orthogonalise
-    steps; where the other side's own axes are its basis, none are.
+    they are no more than there are outputs, as the ten classes of a wide classifier: its gradients
+    have no more directions. Not where sides are much the same, since the more coordinates there are
+    the more takes it to orthogonalise steps; where the other side's own axes are its basis, none
+    are.
     """
     on_input, on_output = sides
     if on_input == DENSE and (d_in >= LONGER * d_out or on_output == DIAGONAL):
