@@ -15,9 +15,7 @@ from kronewton.errors import NotPositiveDefinite
 LEAST_EIGENVALUE = 1e-4  # of the mean: columns with less are not told apart by iteration
 AFRESH, AGAIN = 4, 2  # rounds from the axes, and from a basis
 LEADING_AFRESH, LEADING_AGAIN = 2, 1  # rounds for the leading ones, from random columns, from them
-BESIDE = (
-    16  # random columns more than there are leading ones, or the last of these take more rounds
-)
+BESIDE = 16  # random columns beyond the leading ones, whose last would take more rounds without
 HALF = 2**22  # multiplications in a product, from which half precision pays for its casts
 JITTERS = (0.0, 1e-9, 1e-7, 1e-5, 1e-3)  # added to the diagonal, relative to its mean
 

@@ -419,7 +419,7 @@ class KFAC(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Throw the gradients away, and with them the statistics that came with them."""
-        if set_to_none:
+        if set_to_none:  # torch's own also keeps records for its profiler, which take time
             for group in self.param_groups:
                 for p in group["params"]:
                     p.grad = None

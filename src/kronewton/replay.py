@@ -387,7 +387,10 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor in a nest of tuples, lists and dicts, in the order of `leaves`."""
+    """Every tensor in a nest of tuples, lists and dicts, in the order of `leaves`.
+
+    Without their paths, for what is asked in every step.
+    """
     if isinstance(value, Tensor):
         return [value]
     inner = value.values() if isinstance(value, dict) else value

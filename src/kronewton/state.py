@@ -246,10 +246,8 @@ def _require_inverse(
     ways = {
         (way, d)
         for d, other in sides
-        for way in (
-            *(DENSE, DIAGONAL, side_of(d, other, largest)),
-            *(fused(d, other), leading(d), leading(d, other)),
-        )
+        for way in {DENSE, DIAGONAL, side_of(d, other, largest), fused(d, other)}
+        | {leading(d), leading(d, other)}
         if way is not None
     }
     stored = {torch.Size((*lead, *way.stored(d))) for way, d in ways} | {torch.Size((0,))}

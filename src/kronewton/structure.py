@@ -464,7 +464,10 @@ def in_full(sides: Sides, d_out: int, d_in: int) -> Sides:
 
 
 def leading(d: int, most: int = MOST) -> Structure:
-    """How the basis of a dense side of d is kept where that may be in less than all vectors."""
+    """How the basis of a dense side of d is kept where that may be in less than all vectors.
+
+    most: leading ones, as the layer's other side asks for; `FEWEST` there may be anyway.
+    """
     return DENSE if d < WIDE else Leading(min(d // ONE_IN, max(FEWEST, most), MOST))
 
 
