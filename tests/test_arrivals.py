@@ -247,6 +247,26 @@ def test_the_verdict_is_what_the_clock_says(
     assert ("never" in text) == (NEVER in (kfac, sgd))
 
 
+def test_who_loses_on_test_data_by_then_has_not_won() -> None:
+    goal = found_of(kfac=FAST, sgd=SLOW)[-1]
+    assert goal.won
+    better = replace(goal.rivals[0], test_then=0.9 * goal.kfac.test)
+    worse = replace(goal, rivals=(replace(better, label="other", test_then=math.inf), better))
+    assert worse.first
+    assert not worse.won
+    assert worse.better_on_test == better
+    assert "(first, but SGD's test loss is lower by then)" in arrivals.verdict([worse])
+
+
+def test_the_summary_for_a_page_has_a_row_for_each_target() -> None:
+    head, rule, first, last = arrivals.summary_markdown(found_of(kfac=FAST, sgd=SLOW)).splitlines()
+    assert {line.count("|") for line in (head, rule, first, last)} == {7}
+    assert last.startswith("| linear-regression, 1 | 2, 1, 10 | SGD, lr ")
+    assert last.endswith(" | 5, 2.5, 10 | **0.40** | 20 |")
+    never = arrivals.summary_markdown(found_of(kfac=NEVER, sgd=NEVER)).splitlines()[-1]
+    assert never == "| linear-regression, 1 | never | none arrives | – | – | – |"
+
+
 def test_without_a_task_there_is_no_verdict() -> None:
     assert "nothing to say yet" in arrivals.verdict([])
 
@@ -316,7 +336,7 @@ def test_the_command_leaves_everything_and_does_nothing_again(
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1].startswith("K-FAC with nothing set wins ")
     names = {f"{task}.{kind}" for task in tasks for kind in ("png", "jsonl")}
-    names |= {"time-to-target.json", "time-to-target.png", "too.json"}
+    names |= {f"time-to-target.{kind}" for kind in ("json", "md", "png")} | {"too.json"}
     assert {file.name for file in tmp_path.iterdir()} == names
     document = json.loads((tmp_path / "time-to-target.json").read_text())
     assert document == json.loads((tmp_path / "too.json").read_text())

@@ -65,11 +65,22 @@ class Goal:
     ratio: Spread | None
 
     @property
-    def won(self) -> bool:
+    def first(self) -> bool:
         """Whether K-FAC is first by the clock."""
         if self.ratio is None:
             return math.isfinite(self.kfac.seconds.median)
         return self.ratio.median < 1
+
+    @property
+    def better_on_test(self) -> Arrival | None:
+        """The rival whose test loss is the lowest, if lower than K-FAC's, when K-FAC arrives."""
+        lower = [rival for rival in self.rivals if rival.test_then < self.kfac.test]
+        return min(lower, key=lambda rival: rival.test_then, default=None)
+
+    @property
+    def won(self) -> bool:
+        """Whether K-FAC is first, and no rival's test loss is lower by then."""
+        return self.first and self.better_on_test is None
 
 
 def goals(plan: Plan, tuned: Board, raced: Board) -> tuple[Goal, ...]:
@@ -212,6 +223,35 @@ def _summary_cells(goal: Goal) -> list[str]:
     ]
 
 
+def summary_markdown(found: Sequence[Goal]) -> str:
+    """The same for a page, with test losses at each one's arrival, and others' at K-FAC's."""
+    heads = [
+        "task, training loss",
+        "K-FAC: steps, seconds, test loss",
+        "best rival",
+        "its steps, seconds, test loss",
+        "ratio",
+        "rivals' lowest test loss when K-FAC is there",
+    ]
+    rows = [heads, ["---"] * len(heads), *map(_markdown_cells, found)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _markdown_cells(goal: Goal) -> list[str]:
+    then = [r.test_then for r in goal.rivals if math.isfinite(r.test_then)]
+    best = ["none arrives", "–"] if goal.best is None else [_named(goal.best), _told(goal.best)]
+    ratio = f"**{ratio_said(goal.ratio)}**" if goal.won else ratio_said(goal.ratio)
+    where = f"{goal.task}, {goal.target:g}"
+    return [where, _told(goal.kfac), *best, ratio, _number(min(then, default=math.nan))]
+
+
+def _told(arrival: Arrival) -> str:
+    if math.isinf(arrival.steps.median):
+        return "never"
+    steps, seconds = _whole(arrival.steps.median), digits(arrival.seconds.median)
+    return f"{steps}, {seconds}, {_number(arrival.test)}"
+
+
 def ratio_said(ratio: Spread | None) -> str:
     """A ratio with its interval, never where K-FAC does not arrive."""
     return "–" if ratio is None else ranged(ratio, _times)
@@ -259,6 +299,9 @@ def verdict(found: Sequence[Goal]) -> str:
 
 def _behind(goal: Goal) -> str:
     place = f"{goal.task} at {goal.target:g}"
+    better = goal.better_on_test
+    if goal.first and better is not None:
+        return f"{place} (first, but {better.label}'s test loss is lower by then)"
     if goal.best is None:
         return f"{place} (neither it nor a rival arrives)"
     if goal.ratio is None or math.isinf(goal.ratio.median):

@@ -407,6 +407,8 @@ def _summarise(results: Sequence[suite.Result], out: Path | None, json: Path | N
         display.output().print(arrivals.summary_table(goals))
         if out is not None:
             _write(out / "time-to-target.json", document)
+            table = arrivals.summary_markdown(goals)
+            (out / "time-to-target.md").write_text(table, encoding="utf-8")
             plots.ratio_plot(goals, out / "time-to-target.png")
             print(f"Picture: {out / 'time-to-target.png'}")
     print(said)
