@@ -1,4 +1,4 @@
-"""The only place that registers hooks: watches the model and the criterion, hands over statistics.
+"""The only place with lasting hooks: watches model and criterion, hands over statistics.
 
 A forward hook on each layer keeps its input and the place of its output in the graph. When the
 criterion is called, Λ of its input is known, and one extra backward pass per draw or column gives

@@ -73,14 +73,18 @@ DIFFERENT = (
 class KFAC(Optimizer):
     """K-FAC with learning rate, momentum and damping that choose themselves.
 
-    Pass the model and the loss module that you call; the training loop stays as it is. A step is
-    `lr·d + momentum·(previous step)` with d = −(B ⊗ A + damping·I)⁻¹ g for each covered layer.
-    "auto" takes lr and momentum from the minimum of the batch's exact quadratic model on these two
-    directions (Martens & Grosse 2015, section 7) and the damping from how well that model predicts.
+    Pass the model and the loss module that you call; the training loop stays as it is. Where
+    batches differ, which is assumed at first, steps are normalised: Adam's moments in the factors'
+    eigenbasis, orthogonalised in the curvature, at a pace that trials on the batch bound. Where
+    they do not, a step is Newton's: `lr·d + momentum·(previous step)` with
+    d = −(B ⊗ A + damping·I)⁻¹ g for each covered layer, lr and momentum from the minimum of the
+    batch's exact quadratic model on these two directions (Martens & Grosse 2015, section 7), the
+    damping from how well that model predicts. See `basis`.
 
-    lr, momentum, damping: a number ≥ 0 fixes what "auto" chooses; damping has the units of the
-        loss. With lr="auto", a group's `lr` starts at 1 and multiplies the automatic one, so that
-        torch's schedulers work in both cases.
+    lr, momentum, damping: a number ≥ 0 fixes what "auto" chooses, of Newton's steps (of normalised
+        ones where basis is "adam" or "orthogonal"); damping has the units of the loss. With
+        lr="auto", a group's `lr` starts at 1 and multiplies the automatic one, so that torch's
+        schedulers work in both cases.
     weight_decay: decoupled, `lr·weight_decay` per step; lr counts as 1e-3 where it is automatic.
     trust_region: ½Δ'CΔ of a step Δ is at most this multiple of the loss ("auto": 1), or None.
     fisher: "sampled" (draws of the model's own predictions), "exact" (one backward pass for each
@@ -103,12 +107,13 @@ class KFAC(Optimizer):
         that basis: normalised steps, undamped; momentum is the first one's decay) or "orthogonal"
         (the same with Nesterov's momentum, each layer's step orthogonalised in its curvature).
         "auto" begins with "orthogonal" and goes between it and "factored" by the noise between
-        batches, where lr, momentum and damping are automatic, too; else it is "factored".
+        batches, where lr, momentum and damping are automatic, too, and refine is 0; else it is
+        "factored".
     factor_every, inverse_every: steps between renewals. adapt_every: between decisions on λ.
     factor_decay: weight of the running factors against one new batch.
         "auto" goes by what is known of the noise between batches: see docs/adaptation.md.
     draws: backward passes for "sampled". seed: of the draws' own random generator.
-    fallback_lr: of the AdamW that trains parameters of uncovered kinds, see `coverage()`.
+    fallback_lr: of the AdamW that trains parameters without curvature, see `coverage()`.
     strict: refuse a model that needs the fallback.
     most_skips: steps in a row that may be skipped before SkippedError is raised; 0: none.
     maximize: steps uphill; loss and gradient change their sign, the curvature keeps it.

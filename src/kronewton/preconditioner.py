@@ -46,7 +46,7 @@ class Preconditioner:
 
     Layer by layer the result is as long as the gradient, so that the optimizer keeps its learning
     rate; `grafting=None, trust_region=None` gives the equation as it stands. Clip after it. The
-    gradients of parameters of no kind stay as they are, see `coverage()`; None stays None.
+    gradients of parameters without curvature stay as they are, see `coverage()`; None stays None.
 
     criterion, fisher, sharing, largest_side, draws, seed: as for `KFAC`. All of the model's
         parameters that need a gradient are preconditioned: freeze what no optimizer has.
@@ -61,7 +61,7 @@ class Preconditioner:
         at least, for it may come near zero or cross it. None: as long as it is.
     factor_every, inverse_every: steps between renewals, "auto": 5 and 20; more often at first.
     factor_decay: weight of the running factors against one new batch, "auto": 0.95.
-    strict: refuse a model with parameters of no kind.
+    strict: refuse a model with parameters without curvature.
     most_skips: steps in a row that may be skipped before SkippedError is raised; 0: none.
 
     Raises OptionError, ModelError, CriterionError, UnsupportedError; see kronewton.errors.

@@ -1,6 +1,6 @@
 """The frozen values that flow between the rooms, and the letters they are written in.
 
-Symbols, with shapes. Every room uses these and no others.
+Symbols, with shapes. They mean the same in every room; what a room adds it explains.
 
 | symbol | shape | meaning |
 |---|---|---|
@@ -13,7 +13,7 @@ Symbols, with shapes. Every room uses these and no others.
 | G | (d_out, d_in) | the weight gradient as a matrix, the bias gradient as its last column |
 | Λ | | Hessian of the criterion in the model's output |
 | U, s | (d, d), (d,) | eigenvectors as columns, eigenvalues |
-| λ | | damping, in units of the loss |
+| λ, γ | | dampings of the quadratic model and of the inverses, in units of the loss |
 
 Layout, said once. torch stores W as (d_out, d_in) and flattens row by row, so that a layer's
 curvature block reads B ⊗ A. The note stacks columns, and the same matrix reads AA' ⊗ BB'.

@@ -12,6 +12,7 @@ output, ω the weight with which a position enters the loss, p what the model pr
 | BCEWithLogitsLoss | ω diag(p (1 − p)) |
 | PoissonNLLLoss | ω diag(exp x), or ω diag(y / (x + eps)²) without log_input |
 | GaussianNLLLoss | ω diag(1 / variance), in the mean only |
+| L1Loss | ω I, the Fisher of a Laplace distribution of scale 1: it has no Hessian |
 | any other | autograd's Hessian, negative eigenvalues projected to zero |
 """
 
