@@ -251,6 +251,12 @@ def frozen() -> nn.Module:
     return net().requires_grad_(False)
 
 
+def test_a_list_of_frozen_parameters():
+    model = frozen()
+    with pytest.raises(ModelError, match=r"nothing to train: no parameter .* Unfreeze a layer"):
+        KFAC(model.parameters(), nn.MSELoss(), model=model)
+
+
 @pytest.mark.parametrize("model", [frozen(), nn.ReLU(), nn.Sequential()])
 def test_a_model_without_a_trainable_parameter(model):
     with pytest.raises(ModelError) as caught:

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.overrides import _get_current_function_mode_stack
 
 import kronewton as kn
-from kronewton.errors import KronewtonError, KronewtonWarning
+from kronewton.errors import KronewtonError, KronewtonWarning, ModelError
 
 V, D = 11, 8  # tokens, width
 BASES = ("factored", "eigen", "corrected", "adam", "orthogonal")
@@ -317,15 +317,83 @@ def test_frozen_and_thawed_later(kind: str, refine: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_thawed_after_the_optimizer_was_made_stays(kind: str) -> None:
-    """What was frozen when KFAC was made is not its to train: it must not move, nor disturb."""
+@pytest.mark.parametrize("when", ["before zero_grad", "after it"])
+def test_frozen_when_the_optimizer_was_made_and_thawed_later(kind: str, when: str) -> None:
+    """What is thawed has curvature from then on; what was known of the rest is not lost."""
     model, criterion, (x, y) = Text(tied=False), nn.CrossEntropyLoss(), sentences()
-    KINDS[kind](model).requires_grad_(False)
+    part = KINDS[kind](model).requires_grad_(False)
     optimizer = trained(model, criterion, (x, y))
-    KINDS[kind](model).requires_grad_(True)
-    start = values(KINDS[kind](model))
+    before, start = optimizer.coverage(), values(part)
+    steps, noise = optimizer._steps, optimizer.diagnostics()["noise"]
+    if when == "after it":
+        optimizer.zero_grad()
+    part.requires_grad_(True)
+    optimizer.zero_grad() if when == "before zero_grad" else None
+    after = {row.parameter: row for row in optimizer.coverage().rows}
+    if when == "before zero_grad":
+        assert len(after) > len(before.rows)
+    assert {row.parameter: row.memory for row in before.rows}.items() <= {
+        name: row.memory for name, row in after.items()
+    }.items()
+    assert optimizer._steps == steps
+    assert float(optimizer.diagnostics()["noise"]) == pytest.approx(float(noise), nan_ok=True)
+
+    def steps_() -> list[float]:
+        return [made(optimizer, lambda: criterion(model(x), y)) for _ in range(4)]
+
+    losses: list[float] = []
+    assert outcome(model, lambda: losses.extend(steps_())) == []
+    assert losses[-1] < losses[0]
+    assert not torch.equal(values(part), start)
+    assert all(row.curved and row.method != "not yet" for row in optimizer.coverage().rows)
+    resumed = kn.KFAC(model, criterion)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.coverage() == optimizer.coverage()
+
+
+def test_thawed_but_not_listed_stays_where_it_is() -> None:
+    """Another optimizer's, or nobody's: KFAC was given the other parameters alone."""
+    model, criterion, (x, y) = Text(tied=False), nn.CrossEntropyLoss(), sentences()
+    model.head.requires_grad_(False)
+    optimizer = kn.KFAC([p for p in model.parameters() if p.requires_grad], criterion, model=model)
+    model.head.requires_grad_(True)
+    start = values(model.head)
     outcome(model, lambda: [made(optimizer, lambda: criterion(model(x), y)) for _ in range(3)])
-    assert torch.equal(values(KINDS[kind](model)), start)
+    assert torch.equal(values(model.head), start)
+
+
+def test_added_while_frozen_and_thawed_later_is_covered() -> None:
+    model, criterion, (x, y) = Text(tied=False), nn.CrossEntropyLoss(), sentences()
+    rest = [p for name, p in model.named_parameters() if not name.startswith("head")]
+    optimizer = kn.KFAC(rest, criterion, model=model)
+    model.head.requires_grad_(False)
+    optimizer.add_param_group({"params": list(model.head.parameters())})
+    made(optimizer, lambda: criterion(model(x), y))
+    model.head.requires_grad_(True)
+    for _ in range(3):
+        made(optimizer, lambda: criterion(model(x), y))
+    rows = {row.parameter: row.method for row in optimizer.coverage().rows}
+    assert rows["head.weight"].startswith("K-FAC")
+
+
+def test_a_strict_optimizer_refuses_what_is_thawed_and_has_no_curvature() -> None:
+    model, criterion, (x, y) = Text(tied=False), nn.CrossEntropyLoss(), sentences()
+    model.odd = nn.Parameter(torch.ones(2, dtype=torch.complex64), requires_grad=False)
+    optimizer = kn.KFAC(model, criterion, strict=True)
+    model.odd.requires_grad_(True)
+    with pytest.raises(ModelError, match=r"strict=True, .* fallback: odd \("):
+        made(optimizer, lambda: criterion(model(x), y))
+
+
+def test_the_preconditioner_says_what_is_thawed() -> None:
+    model, criterion, (x, y) = Text(tied=False), nn.CrossEntropyLoss(), sentences()
+    model.head.requires_grad_(False)
+    preconditioner = kn.Preconditioner(model, criterion)
+    model.head.requires_grad_(True)
+    criterion(model(x), y).backward()
+    said = "'head.weight' was not in the model, or was frozen, when Preconditioner was made"
+    with pytest.warns(KronewtonWarning, match=said):
+        preconditioner.step()
 
 
 # Copies, compiled models, several models.

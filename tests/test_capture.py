@@ -319,7 +319,7 @@ def test_strays_alone_commit_nothing():
     model, criterion = net(3, 4, 5), nn.MSELoss()
     watcher = watch(model, criterion)
     criterion(model(torch.randn(6, 3)), torch.randn(6, 5))
-    assert watcher.collect() == ([], False)
+    assert watcher.collect() == ([], "")
     watcher.close()
 
 
@@ -707,7 +707,7 @@ def test_an_observed_loss_without_backward_commits_nothing():
     model = net(3, 4, 5)
     watcher = watch(model, None)
     watcher.observe(nn.MSELoss(), model(torch.randn(6, 3)), (torch.randn(6, 5),))
-    assert watcher.collect() == ([], False)
+    assert watcher.collect() == ([], "")
     watcher.close()
 
 
@@ -897,7 +897,7 @@ def test_reruns_of_the_planner_are_not_taken_for_training(monkeypatch):
     backward(model, criterion, torch.randn(6, 3), torch.randn(6, 5))
     optimizer.step()
     assert ran
-    assert optimizer._watcher.collect() == ([], False)
+    assert optimizer._watcher.collect() == ([], "")
     assert not optimizer._watcher.calls
 
 

@@ -597,7 +597,8 @@ def test_a_parameter_that_came_later_is_named():
     task.model.append(nn.Linear(4, 4))
     task.backward()
     with pytest.warns(
-        KronewtonWarning, match=r"'3.weight' was not in the model when Precond.*as it"
+        KronewtonWarning,
+        match=r"'3.weight' was not in the model, or was frozen, when Precond.*as it",
     ):
         task.preconditioner.step()
     task.model[0].weight = nn.Parameter(torch.zeros(6, 3))

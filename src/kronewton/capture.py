@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from statistics import mode
@@ -179,17 +180,20 @@ class Watcher:
             self._unwind()
             self._clear()
 
-    def collect(self) -> tuple[list[Part], bool]:
+    def collect(self) -> tuple[list[Part], str]:
         """The parts whose loss was differentiated since the last call; forgets all others.
 
-        And whether two of them are calls of the criterion on one and the same output.
+        And the class of a criterion that was called on one and the same output twice.
         """
         self._unwind()
         self._file_arrivals()
         parts = self.parts
         if any(part.call is not None for part in parts):
             # A criterion shared with another model is called on that model's outputs, too.
-            parts = [part for part in parts if part.call is not None or part.statistics]
+            of_others = not (self._indirect and not self.capturing)
+            parts = [p for p in parts if p.call is not None or p.statistics or not of_others]
+        if self.capturing:
+            self._indirect = any(part.call is None for part in parts)
         if not parts and self.capturing and not self.criteria:
             parts = self._unwatched_part()
         for part in parts:
@@ -198,7 +202,9 @@ class Watcher:
         if self._checking:
             self.whole.compare(parts)
         self._clear()
-        return parts, len({part.key for part in parts}) < len(parts)
+        calls = Counter((part.key, part.criterion) for part in parts)
+        twice = (type(criterion).__name__ for (_, criterion), n in calls.items() if n > 1)
+        return parts, next(twice, "")
 
     # The model and its layers.
 
@@ -257,6 +263,8 @@ class Watcher:
         # What the module did by functions of torch's own is its kind's to tell.
         self._uses = [found for found in self._uses if found[1].output is not output]
         layers = self.layers[id(module)]
+        if not any(t.numel() for t in tensors_in(output)):  # as of an expert that nothing chose
+            return
         call = Call(args, kwargs, output)
         with torch.no_grad(), torch.autocast(device_of(args, kwargs), enabled=False):
             sights = layers[0].kind.watch(layers, call)
@@ -408,8 +416,6 @@ class Watcher:
         if part.call is None and not found:
             self.foreign += 1
             return None
-        if self.capturing:
-            self._indirect = part.call is None
         return part
 
     def _locate(self, part: Part, output: Tensor) -> None:

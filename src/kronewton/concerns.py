@@ -8,9 +8,16 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
+import torch
 from torch import nn
 
-from kronewton.errors import CriterionError, KronewtonWarning, ModelError, SkippedError
+from kronewton.errors import (
+    CriterionError,
+    KronewtonWarning,
+    ModelError,
+    SkippedError,
+    UnsupportedError,
+)
 from kronewton.layers import Layer
 from kronewton.part import Part
 from kronewton.planner import Planner
@@ -22,6 +29,16 @@ NO_CURVATURE = (
     "the batch has shown no finite curvature so far, so that no damping can be chosen",
     f"{LOOK}, and for a loss that is constant, linear or concave in the model's output: "
     "fisher='empirical' asks for no curvature of the loss.",
+)
+NO_LENGTH = (
+    "every length that was tried made the loss of its own batch far worse, or was refused by the "
+    "model or the loss",
+    "Look at whether the loss has a minimum, and whether it is a function of the batch alone.",
+)
+DIFFERENT = (
+    "the parameter groups multiply the automatic step by different lr: what the quadratic model "
+    "promises is not what is made, and the damping stays as it was found. Give the groups one lr, "
+    "or give numbers for lr and damping."
 )
 
 
@@ -94,6 +111,17 @@ def require_own_parameters(layers: Sequence[Layer], place: Mapping[int, int], ow
                 )
 
 
+def require_python(model: nn.Module, owner: Owner) -> None:
+    """Refuse what torch.jit has made: nothing in it can be watched, or run with other weights."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                f"{f'module {name!r}' if name else 'the model'} is TorchScript, which {owner.name} "
+                "cannot watch. Give it the module before torch.jit.script() or trace(); "
+                "torch.compile() may be used instead."
+            )
+
+
 def require_curved(parts: Sequence[Part], refine: int) -> None:
     """Refuse the dial where its other end is not there: Newton on a loss without curvature."""
     known = [part for part in parts if part.call is not None]
@@ -163,13 +191,42 @@ def of_uncalled(planner: Planner, parts: Sequence[Part]) -> Iterator[str]:
         )
 
 
+def processes() -> int:
+    """How many train together, as far as torch knows."""
+    known = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if known else 1
+
+
+def of_processes(model: nn.Module, owner: Owner) -> Iterator[str]:
+    """What several processes come to, none of which knows the others' curvature.
+
+    Raises UnsupportedError where gradients are certain to be shared: weights would drift apart.
+    """
+    count = processes()
+    if count == 1:
+        return
+    each = (
+        f"each of {count} processes would step by the curvature and the trials of its own batch, "
+        "and their weights would drift apart"
+    )
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise UnsupportedError(
+            f"{owner.name} was given a model in DistributedDataParallel: {each}. Several processes "
+            "are not supported yet: train in one, or with another optimizer."
+        )
+    yield (
+        f"torch.distributed has {count} processes. If they share gradients, {each}: several are "
+        f"not supported yet. If each trains a model of its own, all is well."
+    )
+
+
 def of_new(model: nn.Module, known: Collection[int], owner: Owner) -> Iterator[str]:
     """Which parameters have come to the model since, for they are not covered."""
     for name, p in model.named_parameters():
         if id(p) not in known and p.grad is not None:
             yield (
-                f"parameter '{name}' was not in the model when {owner.name} was made, and "
-                f"{owner.new}."
+                f"parameter '{name}' was not in the model, or was frozen, when {owner.name} was "
+                f"made, and {owner.new}."
             )
 
 

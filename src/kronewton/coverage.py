@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -14,6 +14,8 @@ from kronewton.inverse import EigenInverse, Inverse
 from kronewton.layers import ENTRIES, Layer
 from kronewton.layers.lone import LoneKind
 from kronewton.structure import Leading
+
+LAZY = (0,)  # the shape of a parameter that has none yet
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,25 @@ class Coverage:
     @property
     def covered(self) -> float:
         """The share of all trained numbers whose step uses curvature."""
+        return self._share(row.curved for row in self.rows)
+
+    def _share(self, which: Iterable[bool]) -> float:
+        """Of all numbers, by the rows for which it is so."""
         total = sum(row.numel for row in self.rows) or 1
-        return sum(row.numel for row in self.rows if row.curved) / total
+        return sum(row.numel for row, it_is in zip(self.rows, which, strict=True) if it_is) / total
+
+    @property
+    def without(self) -> str:
+        """The parameters whose step uses no curvature, each with its reason."""
+        return "; ".join(f"{row.parameter} ({row.why})" for row in self.rows if not row.curved)
 
     def summary(self) -> str:
-        """One sentence."""
-        return f"{self.covered:.1%} of the trained numbers are covered by curvature. {self.note}"
+        """One sentence, and what the curvature is made from."""
+        said = f"{self.covered:.1%} of the trained numbers are covered by curvature"
+        for method, what in (("diagonal", "by a diagonal alone"), ("not yet", "not seen yet")):
+            share = self._share(row.method == method for row in self.rows)
+            said += f", {share:.1%} {what}" if share else ""
+        return f"{said}. {self.note}"
 
     def __str__(self) -> str:
         return text_table(self.HEADER, self.cells(), self.summary())
@@ -151,8 +166,8 @@ def lazy(layer: Layer) -> bool:
 
 
 def shape_of(parameter: Tensor) -> tuple[int, ...]:
-    """A parameter's shape; (0,) of one that has none yet."""
-    return (0,) if isinstance(parameter, UninitializedParameter) else tuple(parameter.shape)
+    """A parameter's shape; LAZY of one that has none yet."""
+    return LAZY if isinstance(parameter, UninitializedParameter) else tuple(parameter.shape)
 
 
 def text_table(header: Sequence[str], cells: Sequence[Sequence[str]], summary: str) -> str:

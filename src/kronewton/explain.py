@@ -95,6 +95,8 @@ def explain(
     Raises OptionError if this would take too many backward passes or too much memory, ModelError
     if no layer is of a covered kind, CriterionError if the criterion does not fit the batch.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the model was given as {type(model).__name__}; an nn.Module is allowed.")
     check_criterion(criterion, fisher)
     if fisher not in ("exact", "sampled"):
         raise OptionError(f"fisher must be 'exact' or 'sampled' here, not {fisher!r}.")

@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 from kronewton.averaging import Averages
 from kronewton.capture import Watcher
 from kronewton.concerns import (
+    DIFFERENT,
     NO_CURVATURE,
+    NO_LENGTH,
     NOT_FINITE,
     Owner,
     of_products,
@@ -27,7 +29,7 @@ from kronewton.coverage import Coverage
 from kronewton.errors import ModelError
 from kronewton.fallback import Fallback
 from kronewton.groups import Groups
-from kronewton.linalg import all_finite, longest
+from kronewton.linalg import all_finite
 from kronewton.options import (
     AUTO,
     LARGEST_SIDE,
@@ -56,17 +58,6 @@ OWNER = Owner(
     "is not trained. Make the optimizer after the model has been changed, or add it with "
     "add_param_group()",
     "AdamW",
-)
-# Why a step was skipped, and what to do.
-NO_LENGTH = (
-    "every length that was tried made the loss of its own batch far worse, or was refused by the "
-    "model or the loss",
-    "Look at whether the loss has a minimum, and whether it is a function of the batch alone.",
-)
-DIFFERENT = (
-    "the parameter groups multiply the automatic step by different lr: what the quadratic model "
-    "promises is not what is made, and the damping stays as it was found. Give the groups one lr, "
-    "or give numbers for lr and damping."
 )
 
 
@@ -168,26 +159,20 @@ class KFAC(Optimizer):
                     f"two models were given, {type(params).__name__} first and model="
                     f"{type(model).__name__}; give one, or parameters and their model."
                 )
-            model, params = params, [p for p in params.parameters() if p.requires_grad]
+            model, params = params, list(params.parameters())
         first_lr = 1.0 if isinstance(lr, str) else lr
         groups = check_parameters(params, model)
         super().__init__(groups, {"lr": first_lr, "weight_decay": weight_decay})
         for group in self.param_groups:  # torch warns of what stands in a group twice
             group["params"] = list({id(p): p for p in group["params"]}.values())
         self._watch(model, criteria)
-        without = [row for row in self.coverage().rows if not row.curved] if strict else []
-        if without:
-            raise ModelError(
-                "strict=True, and these parameters would get the AdamW fallback: "
-                + "; ".join(f"{row.parameter} ({row.why})" for row in without)
-                + ". Freeze them, train them with another optimizer, or leave out strict."
-            )
 
     def _watch(self, model: nn.Module | None, criteria: Sequence[nn.Module]) -> None:
         """Find the layers to cover, hook them, and start with no curvature known."""
         options = self.options
         listed = [p for group in self.param_groups for p in group["params"]]
         self._watched = watched = Watched(model, criteria, listed, options, OWNER)
+        watched.known |= {id(p) for p in listed}
         self._concerns = watched.concerns
         self._layers, self._curvature, self._watcher = (
             watched.layers, watched.curvature, watched.watcher,
@@ -217,6 +202,25 @@ class KFAC(Optimizer):
         self._lost = False  # of factors, so that new ones are due
         self._scale = 1.0  # of a GradScaler
         self._unmade: tuple[int, int, set[int]] | None = None  # of a step that it may leave out
+        if options.strict and (without := self.coverage().without):
+            raise ModelError(
+                f"strict=True, and these parameters would get the AdamW fallback: {without}. "
+                "Freeze them, train them with another optimizer, or leave out strict."
+            )
+
+    def _watch_thawed(self) -> None:
+        """Watch anew where parameters were frozen and are not any more; nothing else is lost."""
+        before, saved, plan = self._watched, self._saved, self._plan
+        if not before.thawed:
+            return
+        steps, previous, self.state = self._steps, self._previous, self._of_fallback()
+        before.close()
+        self._watch(before.model, before.criteria)
+        before.forget_all_but(self._layers)
+        self._take_over(saved.packed(steps, previous))
+        self._watched.concerns, self._concerns, self._plan = before.concerns, before.concerns, plan
+        if self._watcher is not None:
+            self._watcher.capturing = True
 
     # The step.
 
@@ -233,6 +237,7 @@ class KFAC(Optimizer):
             if self._watcher is not None and self._watcher.foreign:
                 self._collected(self._watcher)
             self._watched.say_what_is_new()
+            self._watch_thawed()
             return loss
         for group in self.param_groups:  # schedulers and users change them between steps
             check_group(group)
@@ -252,6 +257,7 @@ class KFAC(Optimizer):
         if made:
             self._averages.learn(self._all)
         self._concerns.stop_if_stuck()
+        self._watch_thawed()
         return loss
 
     @property
@@ -374,14 +380,9 @@ class KFAC(Optimizer):
         return self._watched.vector(steps, gradients)
 
     def _far_from_overflow(self, plan: Plan) -> bool:
-        """Whether a step is finite, and so short that many like it are.
-
-        Norms stand for the largest number: a sum of squares costs no more than a sum.
-        """
-        earlier = longest(self._previous or ()) if plan.momentum else 0.0
-        length = abs(plan.lr) * longest(plan.direction) + longest(plan.refinement)
+        """Whether a step is finite, and so short that many like it are."""
         most = min(torch.finfo(dtype).max for dtype in {p.dtype for p in self._parameters})
-        return bool(self._groups.longest() * (length + abs(plan.momentum) * earlier) < most**0.5)
+        return bool(self._groups.longest() * plan.length(self._previous or ()) < most**0.5)
 
     def _move(self, plan: Plan) -> None:
         """Δ = lr·d + momentum·Δ_previous; a group's factor of an automatic lr is applied last."""
@@ -433,6 +434,7 @@ class KFAC(Optimizer):
         self._unmade = None
         if self._watcher is not None:
             self._watcher.discard()
+        self._watch_thawed()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; once the optimizer is made they are trained by the fallback."""
@@ -446,7 +448,9 @@ class KFAC(Optimizer):
             )
         check_parameters([param_group], None)
         self._add_to_torch(param_group)
-        new = [p for p in self.param_groups[-1]["params"] if p.requires_grad]
+        added = self.param_groups[-1]["params"]
+        self._watched.frozen += [p for p in added if not p.requires_grad]
+        new = [p for p in added if p.requires_grad]
         self._all += new
         self._watched.known |= {id(p) for p in new}
         self._watched.reasons.update({id(p): "added after the optimizer was made" for p in new})
@@ -520,8 +524,7 @@ class KFAC(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on: tensors and numbers only."""
-        if self._fallback is not None:
-            self.state = self._fallback.adamw.state
+        self.state = self._of_fallback()
         handle = self.register_state_dict_post_hook(  # before a user's hooks see it
             lambda _, found: join_(found, self._saved.packed(self._steps, self._previous)),
             prepend=True,
@@ -530,6 +533,10 @@ class KFAC(Optimizer):
             return super().state_dict()  # type: ignore[no-any-return]
         finally:
             handle.remove()
+
+    def _of_fallback(self) -> Any:
+        """torch's own state: AdamW's."""
+        return self.state if self._fallback is None else self._fallback.adamw.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave. Raises StateError if it is of another model.

@@ -21,6 +21,7 @@ LARGEST_SIDE = 4096
 BASES = ("factored", "eigen", "corrected", "adam", "orthogonal")
 ORTHOGONAL = "orthogonal"
 NORMALISED = ("adam", ORTHOGONAL)  # the bases of normalised steps
+OF_GROUPS = {"lr", "weight_decay"}  # what a parameter group may have of its own
 MOST = 1e30  # of a number: what float32 holds, and some of its products with others
 LAST_SEED = 2**64 - 1  # of torch's generators
 LONGEST = 100  # letters of a value in a sentence
@@ -353,6 +354,13 @@ def _group(entry: Any) -> Any:
             "'params'. Give it the list of its parameters under 'params'."
         )
     check_group(entry)
+    ours = sorted(set(entry) & {field.name for field in fields(Options)} - OF_GROUPS)
+    if ours:
+        raise OptionError(
+            f"a parameter group sets {', '.join(ours)}: a group has an lr and a weight_decay of "
+            "its own, and all else is one for all. Give it to KFAC(...), or by layers' names where "
+            "it may be a table, as sharing and largest_side."
+        )
     given = entry["params"]
     if isinstance(given, (Set, str)):
         raise ModelError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kronewton.linalg import longest
 from kronewton.quadratic import Line, Subspace, Vector
 
 
@@ -23,6 +24,15 @@ class Plan:
     predicted: float = math.nan  # by the quadratic model, where there is one
     shortened: float = 1.0  # by the trust region
     made: bool = True  # False: nothing that was tried was good enough
+
+    def length(self, previous: Sequence[Tensor]) -> float:
+        """What no number of the step exceeds; NaN or infinity if one is not finite.
+
+        Norms stand for the largest number: a sum of squares costs no more than a sum.
+        """
+        earlier = longest(previous) if self.momentum else 0.0
+        found = abs(self.lr) * longest(self.direction) + longest(self.refinement)
+        return found + abs(self.momentum) * earlier
 
 
 @dataclass(frozen=True)

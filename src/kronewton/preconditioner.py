@@ -32,7 +32,8 @@ OWNER = Owner(
     "Preconditioner",
     "preconditioner",
     "The gradients are None now, so that the optimizer leaves the weights as they are.",
-    "its gradient stays as it is. Make the Preconditioner after the model has been changed",
+    "its gradient stays as it is. Make the Preconditioner after the model has been changed or "
+    "unfrozen",
     "its own gradient",
 )
 
@@ -99,8 +100,8 @@ class Preconditioner:
             seed=seed, most_skips=most_skips,
         )  # fmt: skip
         criteria = check_criteria(criterion, fisher)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        if not trained:
+        trained = list(model.parameters())
+        if not any(p.requires_grad for p in trained):
             raise ModelError(
                 "there is nothing to precondition: the model has no parameter with "
                 "requires_grad=True. Unfreeze a layer."
@@ -116,20 +117,18 @@ class Preconditioner:
 
     def _required_watcher(self) -> Watcher:
         """The watcher, unless there is nothing to watch, or something that is not."""
-        without = [row for row in self.coverage().rows if not row.curved]
-        reasons = "; ".join(f"{row.parameter} ({row.why})" for row in without)
-        watcher = self._watched.watcher
+        without, watcher = self.coverage().without, self._watched.watcher
         if watcher is None:
             raise ModelError(
                 f"no parameter of {type(self._watched.model).__name__} is of a kind that K-FAC "
-                f"covers, so that every gradient would stay as it is: {reasons}. Leave the "
+                f"covers, so that every gradient would stay as it is: {without}. Leave the "
                 "Preconditioner out."
             )
         if self.options.strict and without:
             watcher.close()
             raise ModelError(
                 "strict=True, and the gradients of these parameters would stay as they are: "
-                f"{reasons}. Freeze them, or leave out strict."
+                f"{without}. Freeze them, or leave out strict."
             )
         return watcher
 

@@ -50,7 +50,8 @@ class Recorder(TorchFunctionMode):
             N = query.shape[1] if query.dim() == 3 else 1
             return _attention(partial(self._linear, N))(*args, **kwargs)
         result = func(*args, **kwargs)
-        if func in WATCHED and isinstance(result, Tensor) and result.requires_grad:
+        shown = isinstance(result, Tensor) and result.requires_grad and result.numel() > 0
+        if func in WATCHED and shown:
             found = WATCHED[func](args, kwargs, result)
             if found is not None:
                 self.seen(found)
@@ -59,7 +60,7 @@ class Recorder(TorchFunctionMode):
     def _linear(self, N: int, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """`F.linear` inside attention on N examples."""
         y = F.linear(x, weight, bias)
-        if y.requires_grad:
+        if y.requires_grad and y.numel():
             self.seen(Use(weight, bias, x, y, get_gradient_edge(y), examples=N))
         return y
 

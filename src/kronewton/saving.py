@@ -18,6 +18,7 @@ from kronewton.planner import Planner
 from kronewton.state import (
     Ours,
     read_scalars,
+    require_generator,
     require_same_basis,
     require_same_groups,
     require_same_layers,
@@ -71,6 +72,7 @@ class Saved:
         allowed = ("factored", *NORMALISED) if asked == AUTO else (asked,)
         basis = _basis(read_scalars(ours.get(0, {}).get("scalars")))
         require_same_basis(basis, asked, allowed, "optimizer")
+        require_generator(ours[0].get("generator"))
         require_same_groups(theirs["param_groups"], self.groups)
         for p in watched.all:
             i = index[id(p)]

@@ -35,6 +35,7 @@ SCALARS = (
 )  # fmt: skip
 ADAMW = {"step", "exp_avg", "exp_avg_sq"}
 FACTORS = {"A_total", "A_count", "B_total", "B_count"}
+CORRECTED = {"s_total", "s_count"}  # EKFAC's eigenvalues, beside them
 INVERSES = (  # by the fields of each kind
     {"A_inverse", "B_inverse"},
     {"U_A", "U_B", "s"},
@@ -138,6 +139,9 @@ def _numbered(groups: Any) -> tuple[list[dict[str, Any]], dict[str, int]]:
 
 def require_same_groups(theirs: Sequence[Any], ours: Sequence[Any]) -> None:
     """Raise StateError unless the numbers of parameters in all groups agree."""
+    for group in theirs:
+        for key in ("lr", "weight_decay"):
+            _require_number(f"{key!r} of a parameter group", group.get(key))
     saved, own = ([len(group["params"]) for group in groups] for groups in (theirs, ours))
     if saved != own:
         raise StateError(
@@ -161,6 +165,8 @@ def require_same_shapes(
             _require_number(f"'step' of {owner}", value)
         elif value.shape != p.shape:
             raise _of_another_model(f"{key!r}", value, owner, p.shape)
+    for key in ours.keys() & {"average_steps"}:
+        _require_count(key, ours[key], owner)
     for key, what in (("previous", "a step"), ("average", "an average")):
         found = ours.get(key)
         if found is not None:
@@ -194,16 +200,16 @@ def _require_same_layer(layer: Layer, kept: Mapping[str, Tensor], largest: int) 
     _require_tensors(owner, kept)
     for key, tensor in kept.items():
         _require_kind(key, tensor, owner, False)
-        if ("_count" in key or key.startswith("chance")) and tensor.dim():
-            raise _of_another_model("a count", tensor, owner, torch.Size())
+        if "_count" in key or key.startswith(("chance", "seen", "reduced")):
+            _require_count(key, tensor, owner)
     shape = layer.kind.matrix(layer, layer.parameters()).shape
     moments = {k.removeprefix("moments_") for k in kept if k.startswith("moments_")}
     _require_whole(owner, "moments m, v, steps and left", moments, [MOMENTS])
     inverse = {k.removeprefix("inverse_") for k in kept if k.startswith("inverse_")}
     _require_whole(owner, "inverse", inverse, INVERSES)
     for how in ("", TURNED, ENTRIES):
-        own = {part for part in FACTORS if part + how in kept}
-        _require_whole(owner, "factors' totals and counts", own, [FACTORS])
+        own = {part for part in FACTORS | CORRECTED if part + how in kept}
+        _require_whole(owner, "factors' totals and counts", own, [FACTORS, FACTORS | CORRECTED])
     for key, most in (("steps", 2.0**53), ("left", 1.0)):
         number = kept.get(f"moments_{key}")
         if number is not None and number.dim():
@@ -250,8 +256,8 @@ def _require_inverse(
         | {leading(d), leading(d, other)}
         if way is not None
     }
-    stored = {torch.Size((*lead, *way.stored(d))) for way, d in ways} | {torch.Size((0,))}
-    bases = {torch.Size((*lead, *way.stored_basis(d))) for way, d in ways}
+    stored = {torch.Size((*lead, *way.stored(d))) for way, d in ways}
+    bases = {torch.Size((*lead, *way.stored_basis(d))) for way, d in ways} | {torch.Size((0,))}
     for key in kept.keys() - {"s"}:
         if kept[key].shape not in (stored | bases if key.startswith("U_") else stored):
             wanted = torch.Size((*lead, d_in, d_in))
@@ -270,8 +276,21 @@ def _require_inverse(
 def _require_tensors(owner: str, kept: Mapping[str, Any]) -> None:
     """Raise StateError if something that was saved is no tensor."""
     for key, found in kept.items():
-        if not isinstance(found, Tensor):
+        if not isinstance(found, Tensor) or found.layout != torch.strided:
             raise _no_tensor(key, found, owner)
+
+
+def require_generator(found: Any) -> None:
+    """Raise StateError if it is no state of torch's random numbers."""
+    if not isinstance(found, Tensor) or found.dtype != torch.uint8:
+        raise _no_tensor("generator", found, "the random draws")
+
+
+def _require_count(key: str, found: Tensor, owner: str) -> None:
+    """Raise StateError if it is not one finite number."""
+    if found.dim():
+        raise _of_another_model("a count", found, owner, torch.Size())
+    _require_number(f"{key!r} of {owner}", found.item())
 
 
 def _require_kind(key: str, found: Tensor, owner: str, is_complex: bool) -> None:
@@ -316,9 +335,7 @@ def require_preconditioners(
     require_same_basis(entries["basis"], basis, (basis,), "Preconditioner")
     for key in ("steps", "skipped", "capturing", "scale", "largest"):
         _require_number(f"{key!r}", entries[key])
-    generator = entries["generator"]
-    if not isinstance(generator, Tensor) or generator.dtype != torch.uint8:
-        raise _no_tensor("generator", generator, "the random draws")
+    require_generator(entries["generator"])
     strange = [name for name in entries["layers"] if name not in layers]
     if strange:
         raise StateError(

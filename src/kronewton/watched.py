@@ -13,13 +13,15 @@ from kronewton.concerns import (
     Concerns,
     Owner,
     of_new,
+    of_processes,
     of_unexplained,
     of_unseen,
     require_own_parameters,
+    require_python,
 )
-from kronewton.coverage import Coverage, row_of, row_without, unseen
+from kronewton.coverage import LAZY, Coverage, row_of, row_without, shape_of, unseen
 from kronewton.curvature import Curvature, layer_of
-from kronewton.errors import CriterionError
+from kronewton.errors import CriterionError, ModelError
 from kronewton.fisher import Fisher
 from kronewton.layers import Found, Layer, find_layers
 from kronewton.layers.base import at_least_float32
@@ -46,22 +48,32 @@ class Watched:
         options: CurvatureOptions,
         owner: Owner,
     ) -> None:
-        self.model, self.options, self.owner = model, options, owner
+        self.model, self.criteria, self.options, self.owner = model, criteria, options, owner
+        if model is not None:
+            require_python(model, owner)
         self.concerns = Concerns(owner, options.most_skips)
         self.all = [p for p in trained if p.requires_grad]
+        self.frozen = [p for p in trained if not p.requires_grad]
+        if not self.all:
+            raise ModelError(
+                "there is nothing to train: no parameter that was given has requires_grad=True. "
+                "Unfreeze a layer, or pass the parameters to train."
+            )
         mode = options.fisher if criteria else "empirical"
         found = Found() if model is None else find_layers(model, {id(p) for p in self.all})
         # Training gradients come summed over the examples: of a lone parameter they say nothing.
         found = found.without_lone() if mode == "empirical" else found
         self.layers, self.guests, self.reasons = found.layers, found.guests, found.reasons
         self.names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
-        self.known = set() if model is None else {id(p) for p in model.parameters()}
+        frozen = {id(p) for p in self.frozen}
+        self.known = set() if model is None else {id(p) for p in model.parameters()} - frozen
         check_patterns(options, [layer.name for layer in found.layers])
         covered, together = found.covered, options.over_all and bool(found.layers)
         self.parameters = [
             p for p in self.all if id(p) in covered or (together and p.is_floating_point())
         ]
         self.place = {id(p): i for i, p in enumerate(self.parameters)}
+        self._shapes = [shape_of(p) for p in self.parameters]
         self._uncovered = [i for i, p in enumerate(self.parameters) if id(p) not in covered]
         generator = torch.Generator(self.all[0].device).manual_seed(options.seed)
         self.fisher = Fisher(mode, options.draws, generator)
@@ -71,6 +83,21 @@ class Watched:
         self.watcher: Watcher | None = None
         if model is not None and found.layers:
             self.watcher = Watcher(model, criteria, found, self.fisher, options.uses_model)
+
+    @property
+    def thawed(self) -> bool:
+        """Whether a parameter that was asked for, and was frozen, is not any more."""
+        return any(p.requires_grad for p in self.frozen)
+
+    def forget_all_but(self, layers: Sequence[Layer]) -> None:
+        """Let go of what is known of layers that are not among these, or are others there."""
+        there = {layer.name: _what(layer) for layer in layers}
+        for layer in self.layers:
+            if there.get(layer.name) != _what(layer):
+                for term in self.curvature.terms(layer.name):
+                    del self.curvature.factors[term]
+                self.curvature.inverses.pop(layer.name, None)
+                self.curvature.moments.pop(layer.name, None)
 
     # What a step starts with.
 
@@ -89,12 +116,14 @@ class Watched:
 
         Raises CriterionError if the gradients do not come from what is watched.
         """
+        assert self.model is not None
+        self.concerns.say_all(of_processes(self.model, self.owner))
         criteria, foreign, capturing = watcher.criteria, watcher.foreign, watcher.capturing
         owner, name = self.owner.name, " or ".join(type(c).__name__ for c in criteria)
         parts, twice = watcher.collect()
         if twice:
             self.concerns.say(
-                f"{name} was called more than once on the same output, and "
+                f"{twice} was called more than once on the same output, and "
                 "each call's loss was differentiated: gradient and curvature count every call, "
                 "weighted as you weighted its loss. If one was only meant for logging, call it "
                 "under torch.no_grad()."
@@ -130,12 +159,25 @@ class Watched:
         lost = self.curvature.learn(seen, decay, rows, turn, times)
         owner, say = self.owner, self.concerns.say_all
         require_own_parameters([*self.layers, *self.guests], self.place, owner.name)
+        self._require_same_shapes()
         if self.watcher.capturing or seen:
             layers = [layer for layer in self.layers if not self.curvature.terms(layer.name)]
             say(of_unexplained(self.watcher.filing.unexplained))
             say(of_unseen(layers, {layer_of(term) for term in seen}, owner.name))
             say(of_new(self.model, self.known, owner))
         return lost
+
+    def _require_same_shapes(self) -> None:
+        for i, (p, before) in enumerate(zip(self.parameters, self._shapes, strict=True)):
+            if p.shape == before:
+                continue
+            if before != LAZY:
+                raise ModelError(
+                    f"parameter '{self.names.get(id(p), f'#{i}')}' has the shape {tuple(p.shape)} "
+                    f"and had {before} when {self.owner.name} was made. Make it after the model "
+                    "has been changed."
+                )
+            self._shapes[i] = tuple(p.shape)
 
     def say_what_is_new(self) -> None:
         """Say which parameters came later, where no other has a gradient."""
@@ -198,6 +240,11 @@ class Watched:
     def observe(self, output: Tensor, target: Any, criterion: nn.Module) -> None:
         """Take statistics of a loss that no watched module computes, before its backward()."""
         check_criterion(criterion, self.options.fisher)
+        if not isinstance(output, Tensor):
+            raise CriterionError(
+                f"observe() was given {type(output).__name__} for the output; a tensor that the "
+                "model made is allowed."
+            )
         if self.watcher is not None:
             targets = target if isinstance(target, tuple) else (target,)
             self.watcher.observe(criterion, output, targets)
@@ -256,6 +303,11 @@ class Watched:
         """Remove every hook."""
         if self.watcher is not None:
             self.watcher.close()
+
+
+def _what(layer: Layer) -> tuple[object, ...]:
+    """What makes a layer's matrix."""
+    return type(layer.kind), layer.trained, dict(layer.parts)
 
 
 def _gradient(parameter: Tensor) -> Tensor:
