@@ -210,3 +210,20 @@ def test_after_a_shift_of_a_full_batch_that_was_fitted_sixty_steps_are_better_th
     for _ in range(60):
         task.step(*turned(task.x, task.y))
     assert task.loss(turned) < 0.5 * math.log(3)
+
+
+def test_a_loss_whose_sign_turns_is_said_and_ends_in_an_error():
+    task = Task(False)
+    for _ in range(30):
+        task.step(task.x, task.y)
+    before = task.weights()
+
+    def climb() -> None:
+        for _ in range(60):
+            task.optimizer.zero_grad()
+            (-task.criterion(task.model(task.x), task.y)).backward()
+            task.optimizer.step()
+
+    with pytest.raises(SkippedError, match=r"concave there.*maximize=True"):
+        climb()
+    assert torch.equal(task.weights(), before)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import kronewton as kn
 from kronewton import KFAC
 from kronewton.errors import (
     CriterionError,
@@ -408,3 +409,17 @@ def test_observing_an_output_of_another_model():
     optimizer = KFAC(model)
     with pytest.raises(CriterionError, match="no watched layer"):
         optimizer.observe(other(X), VALUES, nn.MSELoss())
+
+
+def test_an_option_in_a_parameter_group_is_refused_by_name():
+    model = net()
+    groups = [{"params": model.parameters(), "momentum": 0.9, "basis": "eigen", "lr": 0.5}]
+    with pytest.raises(OptionError, match=r"group sets basis, momentum: a group has an lr and"):
+        KFAC(groups, nn.MSELoss(), model=model)
+
+
+def test_what_is_no_model_and_no_output_is_said():
+    with pytest.raises(ModelError, match=r"the model was given as str; an nn.Module"):
+        kn.explain("model", nn.MSELoss(), (torch.ones(2, 3), torch.ones(2, 2)))
+    with pytest.raises(CriterionError, match=r"observe\(\) was given NoneType for the output"):
+        KFAC(net()).observe(None, torch.ones(2, 2), nn.MSELoss())

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.overrides import _get_current_function_mode_stack
 
 import kronewton as kn
-from kronewton.errors import KronewtonError, KronewtonWarning, ModelError
+from kronewton.errors import KronewtonError, KronewtonWarning, ModelError, UnsupportedError
 
 V, D = 11, 8  # tokens, width
 BASES = ("factored", "eigen", "corrected", "adam", "orthogonal")
@@ -885,3 +885,99 @@ def test_a_state_of_a_tied_model_in_an_untied_one_is_refused(saved: bool) -> Non
     state = trained(Text(saved), criterion, sentences()).state_dict()
     with pytest.raises(KronewtonError, match=r"another model"):
         kn.KFAC(Text(not saved), criterion).load_state_dict(state)
+
+
+def test_torchscript_is_refused_by_name() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(net())
+    with pytest.raises(ModelError, match=r"the model is TorchScript.*before torch.jit.script"):
+        kn.KFAC(scripted, nn.CrossEntropyLoss())
+    with pytest.raises(ModelError, match=r"module '0' is TorchScript, which Preconditioner"):
+        kn.Preconditioner(nn.Sequential(scripted, nn.Linear(3, 3)), nn.CrossEntropyLoss())
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_a_parameter_of_another_shape_is_named(steps: int) -> None:
+    model, criterion, (x, y) = net(), nn.CrossEntropyLoss(), points()
+    optimizer = trained(model, criterion, (x, y), steps=steps)
+    last = [m for m in model if isinstance(m, nn.Linear)][-1]
+    name = f"{len(model) - 1}.weight"
+    before = tuple(last.weight.shape)
+    last.weight.data = torch.zeros(before[0] + 2, before[1])
+    last.bias.data = torch.zeros(before[0] + 2)
+    said = rf"parameter '{name}' has the shape \({before[0] + 2}, .* had \({before[0]}, .*KFAC was"
+    with pytest.raises(ModelError, match=said):
+        made(optimizer, lambda: criterion(model(x), y))
+
+
+def test_several_processes_are_refused_and_doubted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kronewton.concerns.processes", lambda: 2)
+    model, criterion, (x, y) = net(), nn.CrossEntropyLoss(), points()
+    optimizer = kn.KFAC(model, criterion)
+    said = outcome(model, lambda: [made(optimizer, lambda: criterion(model(x), y)) for _ in "ab"])
+    assert len(said) == 1
+    assert "torch.distributed has 2 processes" in said[0]
+
+    class Parallel(nn.parallel.DistributedDataParallel):
+        def __init__(self, module: nn.Module) -> None:
+            nn.Module.__init__(self)
+            self.module = module
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.module(x)
+
+        def __getstate__(self) -> None:
+            raise NotImplementedError
+
+    for make in (kn.KFAC, kn.Preconditioner):
+        parallel = Parallel(net())
+        other = make(parallel, criterion)
+        criterion(parallel(x), y).backward()
+        with pytest.raises(UnsupportedError, match=r"in DistributedDataParallel: each of 2 proc"):
+            other.step()
+        other.close()
+
+
+def test_two_criteria_on_one_output_are_no_mistake() -> None:
+    class Second(nn.CrossEntropyLoss):
+        pass
+
+    model, (x, y) = net(), points()
+    first, second = nn.CrossEntropyLoss(), Second(label_smoothing=0.5)
+    optimizer = kn.KFAC(model, (first, second))
+
+    def loss() -> Tensor:
+        output = model(x)
+        return first(output, y) + 0.1 * second(output, y)
+
+    assert outcome(model, lambda: [made(optimizer, loss) for _ in range(3)]) == []
+
+    def twice() -> Tensor:
+        output = model(x)
+        return first(output, y) + second(output, y) + second(output, y)
+
+    (said,) = outcome(model, lambda: made(optimizer, twice))
+    assert said.startswith("Second was called more than once on the same output")
+
+
+@pytest.mark.parametrize("order", ["derivative first", "derivative last"])
+def test_a_derivative_of_the_model_may_be_observed_beside_its_output(order: str) -> None:
+    """As in a network that solves a differential equation: u' = 1 inside, u = 0 at the edge."""
+    model = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+    optimizer = kn.KFAC(model)
+    x, edge = torch.linspace(0, 1, 20).double()[:, None], torch.zeros(4, 1).double()
+    first, second, losses = nn.MSELoss(), nn.MSELoss(), []
+    for _ in range(60):
+        optimizer.zero_grad()
+        inside = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(inside).sum(), inside, create_graph=True)
+        at_edge = model(edge)
+        observed = [(slope, torch.ones_like(x), first), (at_edge, torch.zeros_like(edge), second)]
+        for one in observed if order == "derivative first" else observed[::-1]:
+            optimizer.observe(*one)
+        loss = F.mse_loss(slope, torch.ones_like(x)) + F.mse_loss(at_edge, torch.zeros_like(edge))
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.2 * losses[0]

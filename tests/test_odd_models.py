@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -280,3 +281,87 @@ def test_a_copy_of_a_model_does_not_disturb_the_original() -> None:
     criterion(model(x), y).backward()
     optimizer.step()
     assert bool(torch.isfinite(values(model)).all())
+
+
+class Experts(nn.Module):
+    """Every example goes to one of three experts, and none to the last."""
+
+    def __init__(self, make: Callable[[], nn.Module], run: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(make() for _ in range(3))
+        self.run = run
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = (x[:, 0] > 0).long() if x.is_floating_point() else x[:, 0] % 2
+        found = [self.run(e, x[chosen == j]).flatten(1) for j, e in enumerate(self.experts)]
+        order = torch.cat([torch.nonzero(chosen == j).flatten() for j in range(3)])
+        whole = torch.cat(found)[:, :4].to(self.head.weight)
+        return self.head(torch.zeros_like(whole).index_copy(0, order, whole))
+
+
+def called(expert: nn.Module, x: Tensor) -> Tensor:
+    return expert(x)
+
+
+def attending(expert: nn.Module, x: Tensor) -> Tensor:
+    rows = x.reshape(len(x), 2, 2)
+    return expert(rows, rows, rows)[0]
+
+
+EXPERTS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor]]] = {
+    "Linear": (lambda: nn.Linear(4, 4), called),
+    "Conv1d": (lambda: nn.Conv1d(2, 2, 1), lambda e, x: e(x.reshape(len(x), 2, 2))),
+    "PReLU": (lambda: nn.PReLU(4), called),
+    "LayerNorm": (lambda: nn.LayerNorm(4), called),
+    "GroupNorm": (lambda: nn.GroupNorm(2, 4), called),
+    "Bilinear": (lambda: nn.Bilinear(4, 4, 4), lambda e, x: e(x, x)),
+    "MultiheadAttention": (lambda: nn.MultiheadAttention(2, 1, batch_first=True), attending),
+    "GRU": (
+        lambda: nn.GRU(2, 2, batch_first=True),
+        lambda e, x: e(x.reshape(len(x), 2, 2))[0],
+    ),
+    "Embedding": (lambda: nn.Embedding(9, 2), called),
+    "EmbeddingBag": (lambda: nn.EmbeddingBag(9, 4), called),
+    "a matrix": (
+        lambda: nn.ParameterList([nn.Parameter(torch.eye(4))]),
+        lambda e, x: F.linear(x, e[0]),
+    ),
+}
+OWNERS: dict[str, Callable[[nn.Module, nn.Module], kn.KFAC | kn.Preconditioner]] = {
+    "sampled": lambda m, c: kn.KFAC(m, c),
+    "exact": lambda m, c: kn.KFAC(m, c, fisher="exact"),
+    "no criterion": lambda m, c: kn.KFAC(m),
+    "preconditioner": lambda m, c: kn.Preconditioner(m, c),
+}
+
+
+@pytest.mark.parametrize("owner", OWNERS)
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_an_expert_that_gets_no_row_is_left_out(kind: str, owner: str) -> None:
+    torch.manual_seed(0)
+    model, criterion = Experts(*EXPERTS[kind]), nn.CrossEntropyLoss()
+    optimizer = OWNERS[owner](model, criterion)
+    start = [values(expert) for expert in model.experts]
+    tokens = kind.startswith("Embedding")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", KronewtonWarning)
+        for _ in range(6):
+            x = torch.randint(9, (16, 2)) if tokens else torch.randn(16, 4)
+            model.zero_grad()
+            criterion(model(x), torch.arange(16) % 3).backward()
+            optimizer.step()
+    moved = [not torch.equal(values(e), s) for e, s in zip(model.experts, start, strict=True)]
+    assert moved == ([False] * 3 if owner == "preconditioner" else [True, True, False])
+    assert float(optimizer.diagnostics()["skipped"]) == 0
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_names_are_those_without_torch_compile(inner: bool) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    if inner:
+        model[0] = torch.compile(model[0], backend="eager")
+    whole = model if inner else torch.compile(model, backend="eager")
+    optimizer = kn.KFAC(whole, nn.MSELoss(), sharing={"0": "expand"}, largest_side={"2": 8})
+    names = [row.parameter for row in optimizer.coverage().rows]
+    assert names == ["0.weight", "0.bias", "2.weight", "2.bias"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -367,3 +367,39 @@ def test_a_state_that_lacks_any_part_of_a_layer_is_refused_by_name(basis: str) -
         state["state"][0].pop(key)
         with pytest.raises(StateError, match="it is damaged"):
             KFAC(model, criterion, basis=basis).load_state_dict(state)
+
+
+DAMAGE: dict[str, Callable[[dict], object]] = {
+    "no generator": lambda s: s["state"][0].pop("kfac_generator"),
+    "rows that are no number": lambda s: s["state"][0].update(kfac_seen=torch.tensor(math.nan)),
+    "rows that are several": lambda s: s["state"][0].update(kfac_seen=torch.ones(2)),
+    "steps of an average": lambda s: s["state"][0].update(
+        kfac_average_steps=torch.tensor(math.nan)
+    ),
+    "no count of corrected values": lambda s: s["state"][0].pop("kfac_s_count"),
+    "a sparse factor": lambda s: s["state"][0].update(
+        kfac_A_total=s["state"][0]["kfac_A_total"].to_sparse()
+    ),
+    "a group without lr": lambda s: s["param_groups"][0].pop("lr"),
+    "a group with a word for weight_decay": lambda s: s["param_groups"][0].update(weight_decay="x"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_what_is_damaged_is_refused_before_anything_is_changed(what):
+    run = Run(basis="corrected", averaging=0.9).steps(range(3))
+    other = Run(basis="corrected", averaging=0.9).steps(range(2))
+    saved, before = run.optimizer.state_dict(), other.weights()
+    DAMAGE[what](saved)
+    with pytest.raises(StateError, match=r"damaged|another model|start afresh"):
+        other.optimizer.load_state_dict(saved)
+    assert other.weights().equal(before)
+    assert int(other.optimizer.diagnostics()["step"]) == 2
+
+
+def test_an_empty_inverse_is_refused():
+    run = Run(basis="factored", damping=0.1).steps(range(3))
+    saved = run.optimizer.state_dict()
+    saved["state"][0]["kfac_inverse_A_inverse"] = torch.zeros(0)
+    with pytest.raises(StateError, match="A_inverse of an inverse of shape"):
+        Run(basis="factored", damping=0.1).optimizer.load_state_dict(saved)

@@ -29,7 +29,7 @@ from kronewton.hooks import Arrival, Commit, Hook, Received, remove
 from kronewton.layers import TURNED, Call, Found, Layer, Seen
 from kronewton.layers.functional import matrices, sightings
 from kronewton.losses import check, check_values
-from kronewton.part import LayerCall, Part
+from kronewton.part import LayerCall, Part, numbers
 from kronewton.recording import Recorder, Use
 from kronewton.replay import (
     Bridge,
@@ -50,6 +50,7 @@ from kronewton.whole import CHECKED, Whole
 
 OWN_FUNCTIONS = (nn.MultiheadAttention,)  # modules that are seen from inside, wherever called from
 STRAY_FORWARDS = 8  # forwards without a backward whose graphs are kept at most
+AWAITED_FORWARDS = 16  # likewise where the training's own gradients make the rows
 
 
 class Watcher:
@@ -85,6 +86,7 @@ class Watcher:
         self._modules = list(model.modules()) if replays else []  # as the replayer has them
         self._model = weakref.ref(model)
         self._waiting: list[Arrival] = []
+        self._forward = 0
         self._recorder = Recorder(self._on_use)
         self._recording: list[bool] = []  # of the modules that are running: whether it was entered
         self._clear()
@@ -119,9 +121,7 @@ class Watcher:
         self._finalizer()
 
     def _clear(self) -> None:
-        for hook in self._waiting:
-            hook.let_go()
-        self._waiting = []
+        self._stop_waiting(self._forward)
         self.calls: list[LayerCall] = []
         self.parts: list[Part] = []  # committed; the loss's hook holds those that may yet be
         self.foreign = 0  # criterion calls on outputs that no watched layer had a part in
@@ -206,6 +206,13 @@ class Watcher:
         twice = (type(criterion).__name__ for (_, criterion), n in calls.items() if n > 1)
         return parts, next(twice, "")
 
+    def _stop_waiting(self, last: int) -> None:
+        """Let go of calls up to that forward pass whose gradients have not arrived."""
+        for hook in self._waiting:
+            if hook.forward <= last:
+                hook.let_go()
+        self._waiting = [hook for hook in self._waiting if hook.forward > last]
+
     # The model and its layers.
 
     def _watching(self) -> bool:
@@ -234,6 +241,8 @@ class Watcher:
         self._open.append(
             ModelCall(args, kwargs, state, given_versions, training, buffers, precision)
         )
+        if self._waiting and self._waiting[0].forward <= self._forward - AWAITED_FORWARDS:
+            self._stop_waiting(self._forward - AWAITED_FORWARDS)
         oldest = self._forward - STRAY_FORWARDS
         if self.calls and self.calls[0].forward <= oldest:
             self.calls = [call for call in self.calls if call.forward > oldest]
@@ -496,7 +505,7 @@ class Watcher:
             return
         self._backward = backward
         there = any(
-            p.grad is not None and bool(_numbers(p.grad).any())
+            p.grad is not None and bool(numbers(p.grad).any())
             for layer in self.found.layers
             for p in layer.whole().values()
         )
@@ -576,7 +585,3 @@ class Watcher:
             stats = self.filing.statistics(call, b * N**0.5, one / N)
             part.statistics.setdefault(call.term, []).append(stats)
         return [part]
-
-
-def _numbers(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient

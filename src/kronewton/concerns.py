@@ -18,8 +18,8 @@ from kronewton.errors import (
     SkippedError,
     UnsupportedError,
 )
-from kronewton.layers import Layer
-from kronewton.part import Part
+from kronewton.layers import Layer, plain_name
+from kronewton.part import Part, numbers
 from kronewton.planner import Planner
 
 LOOK = "Look for NaN or infinity in the batch and in what the model makes of it"
@@ -34,6 +34,10 @@ NO_LENGTH = (
     "every length that was tried made the loss of its own batch far worse, or was refused by the "
     "model or the loss",
     "Look at whether the loss has a minimum, and whether it is a function of the batch alone.",
+)
+NO_MINIMUM = (
+    "the quadratic model of the loss has no minimum along the step: the loss is concave there",
+    "If it is minus a criterion, to be climbed, give the criterion itself and maximize=True.",
 )
 DIFFERENT = (
     "the parameter groups multiply the automatic step by different lr: what the quadratic model "
@@ -225,8 +229,8 @@ def of_new(model: nn.Module, known: Collection[int], owner: Owner) -> Iterator[s
     for name, p in model.named_parameters():
         if id(p) not in known and p.grad is not None:
             yield (
-                f"parameter '{name}' was not in the model, or was frozen, when {owner.name} was "
-                f"made, and {owner.new}."
+                f"parameter '{plain_name(name)}' was not in the model, or was frozen, when "
+                f"{owner.name} was made, and {owner.new}."
             )
 
 
@@ -242,8 +246,10 @@ def of_unexplained(reasons: Mapping[str, str]) -> Iterator[str]:
 def of_unseen(layers: Sequence[Layer], seen: Collection[str], owner: str) -> Iterator[str]:
     """Which of these layers, of which nothing is known, have a gradient: they only descend."""
     for layer in layers:
-        moving = any(p.grad is not None for p in layer.whole().values())
-        if moving and layer.name not in seen:
+        if layer.name in seen:
+            continue
+        grads = [p.grad for p in layer.whole().values() if p.grad is not None]
+        if any(bool(numbers(g).any()) for g in grads):  # zeros, of an expert that nothing chose
             yield (
                 f"layer '{layer.name}' has a gradient, but nothing in the loss that was "
                 "watched depends on it in a way that can be seen: until it does, its step is "

@@ -15,7 +15,7 @@ from kronewton.errors import CriterionError, ModelError, OptionError
 from kronewton.factors import Observation
 from kronewton.fisher import Fisher
 from kronewton.ladder import Distances, distances
-from kronewton.layers import ENTRIES, TURNED, Found, Layer, find_layers
+from kronewton.layers import ENTRIES, TURNED, Found, Layer, find_layers, plain_name
 from kronewton.options import check_criterion
 from kronewton.part import Part
 from kronewton.replay import ModelCall, Replayer, random_state
@@ -100,7 +100,7 @@ def explain(
     check_criterion(criterion, fisher)
     if fisher not in ("exact", "sampled"):
         raise OptionError(f"fisher must be 'exact' or 'sampled' here, not {fisher!r}.")
-    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    trained = {id(p): plain_name(n) for n, p in model.named_parameters() if p.requires_grad}
     found = find_layers(model, trained)
     if not found.layers:
         raise ModelError(

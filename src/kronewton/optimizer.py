@@ -18,6 +18,7 @@ from kronewton.concerns import (
     DIFFERENT,
     NO_CURVATURE,
     NO_LENGTH,
+    NO_MINIMUM,
     NOT_FINITE,
     Owner,
     of_products,
@@ -323,7 +324,7 @@ class KFAC(Optimizer):
             self._skip()
         elif not plan.made:
             self._plan, self._previous = plan, None
-            self._skip(NO_LENGTH)
+            self._skip(NO_LENGTH if planner.normalising else NO_MINIMUM)
         else:
             self._plan = plan
             judged = planner.judges(self._steps, parts, plan)
@@ -448,12 +449,7 @@ class KFAC(Optimizer):
             )
         check_parameters([param_group], None)
         self._add_to_torch(param_group)
-        added = self.param_groups[-1]["params"]
-        self._watched.frozen += [p for p in added if not p.requires_grad]
-        new = [p for p in added if p.requires_grad]
-        self._all += new
-        self._watched.known |= {id(p) for p in new}
-        self._watched.reasons.update({id(p): "added after the optimizer was made" for p in new})
+        new = self._watched.add(self.param_groups[-1]["params"])
         if self._fallback is not None:
             self._fallback.add(new, self.param_groups)
         elif new:

@@ -105,3 +105,8 @@ class Wanted:
                 if id(p) not in self.place and p.requires_grad:
                     self.place[id(p)] = len(self.sources)
                     self.sources.append(p)
+
+
+def numbers(gradient: Tensor) -> Tensor:
+    """What a gradient holds: of a sparse one the values that are not zero."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient

@@ -23,7 +23,7 @@ class Plan:
     refined: int = 0  # directions that it took
     predicted: float = math.nan  # by the quadratic model, where there is one
     shortened: float = 1.0  # by the trust region
-    made: bool = True  # False: nothing that was tried was good enough
+    made: bool = True  # False: nothing was good enough, or the model has no minimum
 
     def length(self, previous: Sequence[Tensor]) -> float:
         """What no number of the step exceeds; NaN or infinity if one is not finite.

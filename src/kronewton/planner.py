@@ -297,9 +297,9 @@ class Planner:
             shortened *= min(1.0, bound / max(promise, 1e-300))
         x = [shortened * v for v in x]
         predicted = found.subspace.value([self.factor * v for v in x], self.settings.damping)
-        lr, momentum = found.coefficients(x)
-        self.lr = lr
-        return Plan(found.direction, lr, momentum, (), refined, predicted, shortened)
+        self.lr, momentum = found.coefficients(x)
+        made = any(x) or found.subspace.curvature[0][0] >= 0  # or the model has no minimum
+        return Plan(found.direction, self.lr, momentum, (), refined, predicted, shortened, made)
 
     def _normalised(
         self, parts: Sequence[Part], gradient: Tensor, previous: list[Tensor] | None

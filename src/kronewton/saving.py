@@ -74,9 +74,10 @@ class Saved:
         require_same_basis(basis, asked, allowed, "optimizer")
         require_generator(ours[0].get("generator"))
         require_same_groups(theirs["param_groups"], self.groups)
+        names = watched.names
         for p in watched.all:
             i = index[id(p)]
-            name = watched.names.get(id(p), str(i))
+            name = names.get(id(p), str(i))
             require_same_shapes(name, p, theirs["state"].get(i, {}), ours.get(i, {}))
         largest = watched.options.largest_side_of
         require_same_layers(watched.layers, self._by_layer(ours), largest)

@@ -23,7 +23,7 @@ from kronewton.coverage import LAZY, Coverage, row_of, row_without, shape_of, un
 from kronewton.curvature import Curvature, layer_of
 from kronewton.errors import CriterionError, ModelError
 from kronewton.fisher import Fisher
-from kronewton.layers import Found, Layer, find_layers
+from kronewton.layers import Found, Layer, find_layers, plain_name
 from kronewton.layers.base import at_least_float32
 from kronewton.options import CurvatureOptions, check_criterion, check_patterns
 from kronewton.part import Part
@@ -64,7 +64,6 @@ class Watched:
         # Training gradients come summed over the examples: of a lone parameter they say nothing.
         found = found.without_lone() if mode == "empirical" else found
         self.layers, self.guests, self.reasons = found.layers, found.guests, found.reasons
-        self.names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
         frozen = {id(p) for p in self.frozen}
         self.known = set() if model is None else {id(p) for p in model.parameters()} - frozen
         check_patterns(options, [layer.name for layer in found.layers])
@@ -85,6 +84,12 @@ class Watched:
             self.watcher = Watcher(model, criteria, found, self.fisher, options.uses_model)
 
     @property
+    def names(self) -> dict[int, str]:
+        """Of all of the model's parameters, as they are now, by their ids."""
+        named = () if self.model is None else self.model.named_parameters()
+        return {id(p): plain_name(name) for name, p in named}
+
+    @property
     def thawed(self) -> bool:
         """Whether a parameter that was asked for, and was frozen, is not any more."""
         return any(p.requires_grad for p in self.frozen)
@@ -98,6 +103,15 @@ class Watched:
                     del self.curvature.factors[term]
                 self.curvature.inverses.pop(layer.name, None)
                 self.curvature.moments.pop(layer.name, None)
+
+    def add(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Take in parameters that came later; those of them that are trained are given back."""
+        self.frozen += [p for p in parameters if not p.requires_grad]
+        new = [p for p in parameters if p.requires_grad]
+        self.all += new
+        self.known |= {id(p) for p in parameters}
+        self.reasons.update({id(p): "added after the optimizer was made" for p in new})
+        return new
 
     # What a step starts with.
 
@@ -256,9 +270,9 @@ class Watched:
             for p in layer.whole().values():
                 layers.setdefault(id(p), []).append(layer)
         unexplained = self.watcher.filing.unexplained if self.watcher is not None else {}
-        rows = []
+        rows, names = [], self.names
         for i, p in enumerate(self.all):
-            name, why = self.names.get(id(p), f"#{i}"), self.reasons.get(id(p), "")
+            name, why = names.get(id(p), f"#{i}"), self.reasons.get(id(p), "")
             own = layers.get(id(p), [])
             if own:
                 why = unexplained.get(own[0].name, why) or unseen(own, self.curvature, steps)

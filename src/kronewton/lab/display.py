@@ -90,6 +90,6 @@ def _progress(*columns: ProgressColumn, shown: bool = True) -> Progress:
 def _note(record: Record) -> str:
     parts = [f"loss {record.loss:.4g}"]
     for key, name in (("lr", "lr"), ("damping", "damping")):
-        if key in record.settings:
+        if math.isfinite(record.settings.get(key, math.nan)):
             parts.append(f"{name} {record.settings[key]:.2g}")
     return " ".join(parts)

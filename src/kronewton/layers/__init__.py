@@ -88,6 +88,11 @@ class Found:
         return Found(rest, self.guests, {**self.reasons, **reasons})
 
 
+def plain_name(name: str) -> str:
+    """A module's or a parameter's name, as it is without torch.compile's wrapper."""
+    return name.replace("_orig_mod.", "").removesuffix("_orig_mod").removesuffix(".")
+
+
 def find_layers(model: nn.Module, trained: Collection[int]) -> Found:
     """The layers of a model, every one of the `trained` parameters (by id) in exactly one of them.
 
@@ -111,7 +116,8 @@ def _candidates(
     """Every module's own layers, as if it were alone; those in `odd` are always lone, once."""
     found: list[Layer] = []
     done: set[int] = set()
-    for name, module in model.named_modules():
+    for place, module in model.named_modules():
+        name = plain_name(place)
         own = {k: p for k, p in module.named_parameters(recurse=False) if id(p) in trained}
         strange = [k for k, p in own.items() if id(p) in odd]
         once = [k for k in strange if id(own[k]) not in done]
