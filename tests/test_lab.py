@@ -383,7 +383,7 @@ def test_rival_trains_digits(name: str) -> None:
 
 
 def test_missing_package_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rivals, "extra", None)
+    monkeypatch.setattr(rivals, "EXTRA_PACKAGE", "no_such_package")
     assert rivals.available() == ["kfac", "sgd", "adam", "adamw", "lbfgs"]
     with pytest.raises(OptionError, match=r"soap comes from .*kronewton\[bench\].*kfac, sgd"):
         find_rival("soap")

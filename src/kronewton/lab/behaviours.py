@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import kronewton as kn
-from kronewton.lab.rivals import EXTRA, available, extra, find_rival
+from kronewton.lab.rivals import EXTRA, available, extra, find_rival, has_extra
 
 NAMES = ("kfac", "adamw", "sgd", "soap")
 Make = Callable[..., Optimizer]  # (parameters, model, criterion, **options)
@@ -301,8 +301,8 @@ def _kfac(params: Any, model: nn.Module, criterion: nn.Module, **options: Any) -
 def _plain(kind: str) -> Make:
     def make(params: Any, model: nn.Module, criterion: nn.Module, **options: Any) -> Optimizer:
         kinds: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-        if extra is not None:
-            kinds["soap"] = extra.SOAP
+        if has_extra():
+            kinds["soap"] = extra().SOAP
         optimizer: Optimizer = kinds[kind](params, **{"lr": 0.01, **options})
         return optimizer
 

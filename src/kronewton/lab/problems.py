@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from kronewton.lab import texts
@@ -101,6 +100,8 @@ Split = tuple[Tensor, Tensor, Tensor, Tensor]  # x and y to train on, x and y to
 
 def _digits() -> Split:
     """The 8×8 digits that come with scikit-learn, split 1437 to 360, pixels in [0, 1]."""
+    from sklearn.datasets import load_digits  # no command that only prints waits for it
+
     bunch = load_digits()
     x = torch.from_numpy(bunch.data).float() / 16
     y = torch.from_numpy(bunch.target).long()

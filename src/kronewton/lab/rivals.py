@@ -7,12 +7,14 @@ set, and its grid is that one.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,12 +22,6 @@ from torch.optim import Optimizer
 
 import kronewton as kn
 from kronewton.errors import OptionError
-
-extra: ModuleType | None
-try:
-    import pytorch_optimizer as extra
-except ImportError:
-    extra = None
 
 Setting = Mapping[str, float]
 Criteria = tuple[nn.Module, ...]  # the terms of the loss
@@ -49,11 +45,24 @@ class Rival:
     patience: int = 6
 
 
+EXTRA_PACKAGE = "pytorch_optimizer"
+
+
+def has_extra() -> bool:
+    """Whether the package is installed that some rivals come from."""
+    return importlib.util.find_spec(EXTRA_PACKAGE) is not None
+
+
+def extra() -> Any:
+    """That package: it takes as long to import as torch, and is not always asked for."""
+    return importlib.import_module(EXTRA_PACKAGE)
+
+
 def find_rival(name: str) -> Rival:
     """The rival of that name. Raises OptionError if there is none or its package is missing."""
     if name not in RIVALS:
         raise OptionError(f"there is no optimizer {name!r}; there are {', '.join(RIVALS)}.")
-    if name in EXTRA and extra is None:
+    if name in EXTRA and not has_extra():
         raise OptionError(
             f"{name} comes from the package pytorch-optimizer, which is not installed; "
             f"pip install 'kronewton[bench]' adds it, and {', '.join(available())} are here."
@@ -68,7 +77,8 @@ def family(name: str) -> str:
 
 def available() -> list[str]:
     """The names of the rivals whose packages are installed."""
-    return [name for name in RIVALS if extra is not None or name not in EXTRA]
+    there = has_extra()
+    return [name for name in RIVALS if there or name not in EXTRA]
 
 
 def describe(setting: Setting) -> str:
@@ -114,15 +124,13 @@ def _lbfgs(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
 
 
 def _soap(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
-    assert extra is not None
     betas = (setting["beta1"], 0.95)
-    optimizer: Optimizer = extra.SOAP(model.parameters(), setting["lr"], betas, weight_decay=0.0)
+    optimizer: Optimizer = extra().SOAP(model.parameters(), setting["lr"], betas, weight_decay=0.0)
     return optimizer
 
 
 def _shampoo(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
-    assert extra is not None
-    optimizer: Optimizer = extra.ScalableShampoo(
+    optimizer: Optimizer = extra().ScalableShampoo(
         model.parameters(),
         setting["lr"],
         (setting["beta1"], 0.99),
@@ -146,7 +154,6 @@ def _hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _muon(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
-    assert extra is not None
     hidden = _hidden_matrices(model)
     chosen = {id(p) for p in hidden}
     # AdamW trains the rest, at a tenth of the learning rate.
@@ -156,8 +163,8 @@ def _muon(model: nn.Module, _: Criteria, setting: Setting) -> Optimizer:
         {"params": hidden, "lr": lr, "momentum": momentum, "use_muon": True},
         {"params": rest, "lr": lr / 10, "use_muon": False},
     ]
-    _round_in(extra, _fast_dtype(model))
-    optimizer: Optimizer = extra.Muon([g for g in groups if g["params"]], weight_decay=0.0)
+    _round_in(extra(), _fast_dtype(model))
+    optimizer: Optimizer = extra().Muon([g for g in groups if g["params"]], weight_decay=0.0)
     return optimizer
 
 
