@@ -887,6 +887,47 @@ def test_a_state_of_a_tied_model_in_an_untied_one_is_refused(saved: bool) -> Non
         kn.KFAC(Text(not saved), criterion).load_state_dict(state)
 
 
+@pytest.mark.parametrize("options", [{}, {"basis": "factored"}, {"refine": 2}])
+@pytest.mark.parametrize("full", [True, False])
+def test_a_weight_of_the_loss_that_the_output_does_not_depend_on_is_adamws(
+    options: dict[str, Any], full: bool
+) -> None:
+    """No quadratic model knows of it: Newton's lr once sent it to a hundred thousand."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
+    model.log_scale, criterion = nn.Parameter(torch.zeros(())), nn.CrossEntropyLoss()
+    x = torch.randn(120, 6)
+    y = x[:, :3].argmax(1)
+    alone = nn.Parameter(torch.zeros(()))
+    adamw = torch.optim.AdamW([alone], lr=1e-3, weight_decay=0.0)
+    optimizer = kn.KFAC(model, criterion, **options)
+    said = "'log_scale' has a gradient, but nothing .* can be seen: AdamW trains it from now on"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(40):
+            some = slice(None) if full else torch.randint(120, (32,))
+            optimizer.zero_grad()
+            loss = criterion(model(x[some]), y[some])
+            (loss * torch.exp(-model.log_scale) + model.log_scale).backward()
+            gradient = model.log_scale.grad.clone()
+            if step:
+                optimizer.step()
+                alone.grad = gradient
+                adamw.step()
+            else:
+                with pytest.warns(KronewtonWarning, match=said):
+                    optimizer.step()
+    assert float(loss.detach()) < 0.5
+    assert float(alone.detach()) != 0
+    torch.testing.assert_close(model.log_scale.detach(), alone.detach())
+    row = next(row for row in optimizer.coverage().rows if row.parameter == "log_scale")
+    assert (row.method, row.curved) == ("AdamW", False)
+    assert row.why.endswith("nothing in the loss that was watched depends on it")
+    other = kn.KFAC(model, criterion, **options)
+    other.load_state_dict(optimizer.state_dict())
+    assert float(other.diagnostics()["step"]) == 40
+
+
 def test_torchscript_is_refused_by_name() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

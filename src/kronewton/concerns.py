@@ -54,6 +54,7 @@ class Owner:
     handle: str  # what the documentation calls the object
     skipped: str  # what a step that could not be made has done
     new: str  # what becomes of a parameter that came to the model later
+    unseen: str  # and of one that is outside of the loss that is watched
     method: str  # how a parameter of no kind is trained
 
 
@@ -243,19 +244,22 @@ def of_unexplained(reasons: Mapping[str, str]) -> Iterator[str]:
         )
 
 
-def of_unseen(layers: Sequence[Layer], seen: Collection[str], owner: str) -> Iterator[str]:
-    """Which of these layers, of which nothing is known, have a gradient: they only descend."""
+def of_unseen(layers: Sequence[Layer], seen: Collection[str]) -> Iterator[Layer]:
+    """Which of these layers, of which nothing is known, have a gradient all the same."""
     for layer in layers:
-        if layer.name in seen:
-            continue
         grads = [p.grad for p in layer.whole().values() if p.grad is not None]
-        if any(bool(numbers(g).any()) for g in grads):  # zeros, of an expert that nothing chose
-            yield (
-                f"layer '{layer.name}' has a gradient, but nothing in the loss that was "
-                "watched depends on it in a way that can be seen: until it does, its step is "
-                f"plain gradient descent. Train it with the loss that {owner} was given, or "
-                "with another optimizer."
-            )
+        # Zeros are those of an expert that nothing chose.
+        if layer.name not in seen and any(bool(numbers(g).any()) for g in grads):
+            yield layer
+
+
+def unseen_said(layer: Layer, owner: Owner) -> str:
+    """What becomes of such a layer."""
+    return (
+        f"layer '{layer.name}' has a gradient, but nothing in the loss that was watched depends on "
+        f"it in a way that can be seen: {owner.unseen}. Train it with the loss that {owner.name} "
+        "was given, or with another optimizer."
+    )
 
 
 def users_level() -> int:

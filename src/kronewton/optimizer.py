@@ -58,8 +58,10 @@ OWNER = Owner(
     "The weights are as they were.",
     "is not trained. Make the optimizer after the model has been changed, or add it with "
     "add_param_group()",
+    "AdamW trains it from now on",
     "AdamW",
 )
+Criteria, Ids = Sequence[nn.Module], Collection[int]
 
 
 class KFAC(Optimizer):
@@ -168,11 +170,11 @@ class KFAC(Optimizer):
             group["params"] = list({id(p): p for p in group["params"]}.values())
         self._watch(model, criteria)
 
-    def _watch(self, model: nn.Module | None, criteria: Sequence[nn.Module]) -> None:
+    def _watch(self, model: nn.Module | None, criteria: Criteria, outside: Ids = ()) -> None:
         """Find the layers to cover, hook them, and start with no curvature known."""
         options = self.options
         listed = [p for group in self.param_groups for p in group["params"]]
-        self._watched = watched = Watched(model, criteria, listed, options, OWNER)
+        self._watched = watched = Watched(model, criteria, listed, options, OWNER, outside)
         watched.known |= {id(p) for p in listed}
         self._concerns = watched.concerns
         self._layers, self._curvature, self._watcher = (
@@ -209,14 +211,14 @@ class KFAC(Optimizer):
                 "Freeze them, train them with another optimizer, or leave out strict."
             )
 
-    def _watch_thawed(self) -> None:
-        """Watch anew where parameters were frozen and are not any more; nothing else is lost."""
+    def _watch_anew(self) -> None:
+        """Do so where other parameters are to be covered from now on; nothing else is lost."""
         before, saved, plan = self._watched, self._saved, self._plan
-        if not before.thawed:
+        if not before.changed:
             return
         steps, previous, self.state = self._steps, self._previous, self._of_fallback()
         before.close()
-        self._watch(before.model, before.criteria)
+        self._watch(before.model, before.criteria, before.outside)
         before.forget_all_but(self._layers)
         self._take_over(saved.packed(steps, previous))
         self._watched.concerns, self._concerns, self._plan = before.concerns, before.concerns, plan
@@ -238,7 +240,7 @@ class KFAC(Optimizer):
             if self._watcher is not None and self._watcher.foreign:
                 self._collected(self._watcher)
             self._watched.say_what_is_new()
-            self._watch_thawed()
+            self._watch_anew()
             return loss
         for group in self.param_groups:  # schedulers and users change them between steps
             check_group(group)
@@ -258,7 +260,7 @@ class KFAC(Optimizer):
         if made:
             self._averages.learn(self._all)
         self._concerns.stop_if_stuck()
-        self._watch_thawed()
+        self._watch_anew()
         return loss
 
     @property
@@ -435,7 +437,7 @@ class KFAC(Optimizer):
         self._unmade = None
         if self._watcher is not None:
             self._watcher.discard()
-        self._watch_thawed()
+        self._watch_anew()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; once the optimizer is made they are trained by the fallback."""

@@ -34,6 +34,7 @@ OWNER = Owner(
     "The gradients are None now, so that the optimizer leaves the weights as they are.",
     "its gradient stays as it is. Make the Preconditioner after the model has been changed or "
     "unfrozen",
+    "until it does, its gradient is only scaled",
     "its own gradient",
 )
 

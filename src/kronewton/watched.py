@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from kronewton.concerns import (
     of_unseen,
     require_own_parameters,
     require_python,
+    unseen_said,
 )
 from kronewton.coverage import LAZY, Coverage, row_of, row_without, shape_of, unseen
 from kronewton.curvature import Curvature, layer_of
@@ -31,13 +32,15 @@ from kronewton.quadratic import Vector
 from kronewton.rows import by_layer
 
 NOWHERE = "(no layer)"
+OUTSIDE = "nothing in the loss that was watched depends on it"
 
 
 class Watched:
     """The layers of one model, hooked with its criteria, and the curvature known of them.
 
-    trained: the parameters that are asked for. Those that steps are made for by curvature are
-    `parameters`, one tensor for each in every vector; `place` has their numbers by their ids.
+    trained: the parameters that are asked for; outside: those of them, by their ids, that nothing
+    in the loss that is watched depends on, and that the owner trains otherwise. Those that steps
+    are made for by curvature are `parameters`, one tensor for each in every vector; `place` has their numbers by their ids.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Watched:
         trained: Sequence[Tensor],
         options: CurvatureOptions,
         owner: Owner,
+        outside: Collection[int] | None = None,
     ) -> None:
         self.model, self.criteria, self.options, self.owner = model, criteria, options, owner
         if model is not None:
@@ -63,13 +67,20 @@ class Watched:
         found = Found() if model is None else find_layers(model, {id(p) for p in self.all})
         # Training gradients come summed over the examples: of a lone parameter they say nothing.
         found = found.without_lone() if mode == "empirical" else found
+        found = found.without(outside, OUTSIDE) if outside else found
+        self.outside = set(outside or ())  # and what is found to be from now on
+        self._sets_aside = outside is not None
+        self._known_outside = len(self.outside)
         self.layers, self.guests, self.reasons = found.layers, found.guests, found.reasons
         frozen = {id(p) for p in self.frozen}
         self.known = set() if model is None else {id(p) for p in model.parameters()} - frozen
         check_patterns(options, [layer.name for layer in found.layers])
         covered, together = found.covered, options.over_all and bool(found.layers)
         self.parameters = [
-            p for p in self.all if id(p) in covered or (together and p.is_floating_point())
+            p
+            for p in self.all
+            if id(p) in covered
+            or (together and p.is_floating_point() and id(p) not in self.outside)
         ]
         self.place = {id(p): i for i, p in enumerate(self.parameters)}
         self._shapes = [shape_of(p) for p in self.parameters]
@@ -90,9 +101,9 @@ class Watched:
         return {id(p): plain_name(name) for name, p in named}
 
     @property
-    def thawed(self) -> bool:
-        """Whether a parameter that was asked for, and was frozen, is not any more."""
-        return any(p.requires_grad for p in self.frozen)
+    def changed(self) -> bool:
+        """Whether other parameters are to be covered: some are thawed, or outside of the loss."""
+        return len(self.outside) > self._known_outside or any(p.requires_grad for p in self.frozen)
 
     def forget_all_but(self, layers: Sequence[Layer]) -> None:
         """Let go of what is known of layers that are not among these, or are others there."""
@@ -177,7 +188,10 @@ class Watched:
         if self.watcher.capturing or seen:
             layers = [layer for layer in self.layers if not self.curvature.terms(layer.name)]
             say(of_unexplained(self.watcher.filing.unexplained))
-            say(of_unseen(layers, {layer_of(term) for term in seen}, owner.name))
+            unseen_layers = list(of_unseen(layers, {layer_of(term) for term in seen}))
+            say(unseen_said(layer, owner) for layer in unseen_layers)
+            if self._sets_aside:
+                self.outside |= {id(p) for layer in unseen_layers for p in layer.whole().values()}
             say(of_new(self.model, self.known, owner))
         return lost
 
@@ -201,8 +215,10 @@ class Watched:
     # How the curvature is applied.
 
     def gradients(self) -> list[Tensor]:
-        """One tensor per stepped parameter."""
-        return [_gradient(p) for p in self.parameters]
+        """One tensor per stepped parameter; zeros where that is outside of the loss, as found."""
+        return [
+            torch.zeros_like(p) if id(p) in self.outside else _gradient(p) for p in self.parameters
+        ]
 
     def precondition(self, vector: Vector, damping: float) -> list[Tensor]:
         """(B ⊗ A + damping·I)⁻¹ v for one tensor per stepped parameter."""
