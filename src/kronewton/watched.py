@@ -40,7 +40,8 @@ class Watched:
 
     trained: the parameters that are asked for; outside: those of them, by their ids, that nothing
     in the loss that is watched depends on, and that the owner trains otherwise. Those that steps
-    are made for by curvature are `parameters`, one tensor for each in every vector; `place` has their numbers by their ids.
+    are made for by curvature are `parameters`, one tensor for each in every vector; `place` has
+    their numbers by their ids.
     """
 
     def __init__(
