@@ -50,7 +50,7 @@ from kronewton.replay import Replayer, require_no_graph
 from kronewton.sampling import Sampler
 from kronewton.saving import Saved
 from kronewton.state import Ours, join_, require_mapping, split
-from kronewton.watched import Watched
+from kronewton.watched import Criteria, Watched
 
 OWNER = Owner(
     "KFAC",
@@ -61,7 +61,6 @@ OWNER = Owner(
     "AdamW trains it from now on",
     "AdamW",
 )
-Criteria, Ids = Sequence[nn.Module], Collection[int]
 
 
 class KFAC(Optimizer):
@@ -170,7 +169,9 @@ class KFAC(Optimizer):
             group["params"] = list({id(p): p for p in group["params"]}.values())
         self._watch(model, criteria)
 
-    def _watch(self, model: nn.Module | None, criteria: Criteria, outside: Ids = ()) -> None:
+    def _watch(
+        self, model: nn.Module | None, criteria: Criteria, outside: Collection[int] = ()
+    ) -> None:
         """Find the layers to cover, hook them, and start with no curvature known."""
         options = self.options
         listed = [p for group in self.param_groups for p in group["params"]]

@@ -31,6 +31,7 @@ from kronewton.part import Part
 from kronewton.quadratic import Vector
 from kronewton.rows import by_layer
 
+Criteria = Sequence[nn.Module]
 NOWHERE = "(no layer)"
 OUTSIDE = "nothing in the loss that was watched depends on it"
 
@@ -47,7 +48,7 @@ class Watched:
     def __init__(
         self,
         model: nn.Module | None,
-        criteria: Sequence[nn.Module],
+        criteria: Criteria,
         trained: Sequence[Tensor],
         options: CurvatureOptions,
         owner: Owner,
