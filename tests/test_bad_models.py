@@ -351,6 +351,25 @@ def test_frozen_when_the_optimizer_was_made_and_thawed_later(kind: str, when: st
     assert resumed.coverage() == optimizer.coverage()
 
 
+def test_thawed_where_gradients_are_let_go_between_forward_and_backward() -> None:
+    model, criterion, (x, y) = Text(tied=False), nn.CrossEntropyLoss(), sentences()
+    model.head.requires_grad_(False)
+    optimizer, start = kn.KFAC(model, criterion), values(model.head)
+
+    def run() -> None:
+        for step in range(5):
+            if step == 2:
+                model.head.requires_grad_(True)
+            loss = criterion(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    assert outcome(model, run) == []
+    assert not torch.equal(values(model.head), start)
+    assert len(optimizer.coverage().rows) == len(list(model.parameters()))
+
+
 def test_thawed_but_not_listed_stays_where_it_is() -> None:
     """Another optimizer's, or nobody's: KFAC was given the other parameters alone."""
     model, criterion, (x, y) = Text(tied=False), nn.CrossEntropyLoss(), sentences()

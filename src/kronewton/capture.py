@@ -213,6 +213,11 @@ class Watcher:
                 hook.let_go()
         self._waiting = [hook for hook in self._waiting if hook.forward > last]
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing has run since the last step."""
+        return not (self._forward or self.calls or self.parts)
+
     # The model and its layers.
 
     def _watching(self) -> bool:

@@ -176,7 +176,6 @@ class KFAC(Optimizer):
         options = self.options
         listed = [p for group in self.param_groups for p in group["params"]]
         self._watched = watched = Watched(model, criteria, listed, options, OWNER, outside)
-        watched.known |= {id(p) for p in listed}
         self._concerns = watched.concerns
         self._layers, self._curvature, self._watcher = (
             watched.layers, watched.curvature, watched.watcher,
@@ -438,7 +437,8 @@ class KFAC(Optimizer):
         self._unmade = None
         if self._watcher is not None:
             self._watcher.discard()
-        self._watch_anew()
+        if self._watcher is None or self._watcher.idle:  # or what ran since is not seen anew
+            self._watch_anew()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; once the optimizer is made they are trained by the fallback."""

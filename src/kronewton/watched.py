@@ -74,8 +74,9 @@ class Watched:
         self._sets_aside = outside is not None
         self._known_outside = len(self.outside)
         self.layers, self.guests, self.reasons = found.layers, found.guests, found.reasons
-        frozen = {id(p) for p in self.frozen}
-        self.known = set() if model is None else {id(p) for p in model.parameters()} - frozen
+        # Who trains otherwise what is outside covers what is thawed; others are warned of it.
+        unknown = set() if self._sets_aside else {id(p) for p in self.frozen}
+        self.known = set() if model is None else {id(p) for p in model.parameters()} - unknown
         check_patterns(options, [layer.name for layer in found.layers])
         covered, together = found.covered, options.over_all and bool(found.layers)
         self.parameters = [
