@@ -50,7 +50,6 @@ from kronewton.whole import CHECKED, Whole
 
 OWN_FUNCTIONS = (nn.MultiheadAttention,)  # modules that are seen from inside, wherever called from
 STRAY_FORWARDS = 8  # forwards without a backward whose graphs are kept at most
-AWAITED_FORWARDS = 16  # likewise where the training's own gradients make the rows
 
 
 class Watcher:
@@ -86,7 +85,6 @@ class Watcher:
         self._modules = list(model.modules()) if replays else []  # as the replayer has them
         self._model = weakref.ref(model)
         self._waiting: list[Arrival] = []
-        self._forward = 0
         self._recorder = Recorder(self._on_use)
         self._recording: list[bool] = []  # of the modules that are running: whether it was entered
         self._clear()
@@ -121,7 +119,9 @@ class Watcher:
         self._finalizer()
 
     def _clear(self) -> None:
-        self._stop_waiting(self._forward)
+        for hook in self._waiting:
+            hook.let_go()
+        self._waiting = []
         self.calls: list[LayerCall] = []
         self.parts: list[Part] = []  # committed; the loss's hook holds those that may yet be
         self.foreign = 0  # criterion calls on outputs that no watched layer had a part in
@@ -193,7 +193,7 @@ class Watcher:
             of_others = not (self._indirect and not self.capturing)
             parts = [p for p in parts if p.call is not None or p.statistics or not of_others]
         if self.capturing:
-            self._indirect = any(part.call is None for part in parts)
+            self._indirect |= any(part.call is None for part in parts)
         if not parts and self.capturing and not self.criteria:
             parts = self._unwatched_part()
         for part in parts:
@@ -205,13 +205,6 @@ class Watcher:
         calls = Counter((part.key, part.criterion) for part in parts)
         twice = (type(criterion).__name__ for (_, criterion), n in calls.items() if n > 1)
         return parts, next(twice, "")
-
-    def _stop_waiting(self, last: int) -> None:
-        """Let go of calls up to that forward pass whose gradients have not arrived."""
-        for hook in self._waiting:
-            if hook.forward <= last:
-                hook.let_go()
-        self._waiting = [hook for hook in self._waiting if hook.forward > last]
 
     @property
     def idle(self) -> bool:
@@ -246,8 +239,6 @@ class Watcher:
         self._open.append(
             ModelCall(args, kwargs, state, given_versions, training, buffers, precision)
         )
-        if self._waiting and self._waiting[0].forward <= self._forward - AWAITED_FORWARDS:
-            self._stop_waiting(self._forward - AWAITED_FORWARDS)
         oldest = self._forward - STRAY_FORWARDS
         if self.calls and self.calls[0].forward <= oldest:
             self.calls = [call for call in self.calls if call.forward > oldest]

@@ -56,6 +56,7 @@ class Owner:
     new: str  # what becomes of a parameter that came to the model later
     unseen: str  # and of one that is outside of the loss that is watched
     method: str  # how a parameter of no kind is trained
+    sets_aside: bool = False  # whether it trains so what is outside, and covers what is thawed
 
 
 class Concerns:

@@ -109,7 +109,6 @@ class Arrival:
     def __init__(self, watcher: Told, call: LayerCall, k: int) -> None:
         self._watcher, self._k = weakref.ref(watcher), k
         self._call: LayerCall | None = call
-        self.forward = call.forward
 
     def let_go(self) -> None:
         """Forget the call: what it keeps may hold the output, in whose graph this hook is."""

@@ -58,8 +58,9 @@ OWNER = Owner(
     "The weights are as they were.",
     "is not trained. Make the optimizer after the model has been changed, or add it with "
     "add_param_group()",
-    "AdamW trains it from now on",
+    "until it does, AdamW trains it",
     "AdamW",
+    sets_aside=True,
 )
 
 
@@ -168,14 +169,19 @@ class KFAC(Optimizer):
         for group in self.param_groups:  # torch warns of what stands in a group twice
             group["params"] = list({id(p): p for p in group["params"]}.values())
         self._watch(model, criteria)
+        if strict and (without := self.coverage().without):
+            raise ModelError(
+                f"strict=True, and these parameters would get the AdamW fallback: {without}. "
+                "Freeze them, train them with another optimizer, or leave out strict."
+            )
 
     def _watch(
-        self, model: nn.Module | None, criteria: Criteria, outside: Collection[int] = ()
+        self, model: nn.Module | None, criteria: Criteria, kept: Collection[int] = ()
     ) -> None:
         """Find the layers to cover, hook them, and start with no curvature known."""
         options = self.options
         listed = [p for group in self.param_groups for p in group["params"]]
-        self._watched = watched = Watched(model, criteria, listed, options, OWNER, outside)
+        self._watched = watched = Watched(model, criteria, listed, options, OWNER, kept)
         self._concerns = watched.concerns
         self._layers, self._curvature, self._watcher = (
             watched.layers, watched.curvature, watched.watcher,
@@ -197,7 +203,7 @@ class KFAC(Optimizer):
                 options, self._curvature, replayer, self._watcher.paused, steering
             )
         rest = [p for p in self._all if id(p) not in self._place]
-        self._fallback = Fallback(rest, self.param_groups, options) if rest else None
+        self._fallback = Fallback(rest, self.param_groups, options)
         self._averages = Averages(options.averaging)
         self._previous: list[Tensor] | None = None
         self._plan: Plan | None = None
@@ -205,25 +211,19 @@ class KFAC(Optimizer):
         self._lost = False  # of factors, so that new ones are due
         self._scale = 1.0  # of a GradScaler
         self._unmade: tuple[int, int, set[int]] | None = None  # of a step that it may leave out
-        if options.strict and (without := self.coverage().without):
-            raise ModelError(
-                f"strict=True, and these parameters would get the AdamW fallback: {without}. "
-                "Freeze them, train them with another optimizer, or leave out strict."
-            )
 
     def _watch_anew(self) -> None:
-        """Do so where other parameters are to be covered from now on; nothing else is lost."""
-        before, saved, plan = self._watched, self._saved, self._plan
+        """Do so where what was frozen is not any more; what is known of the rest goes on."""
+        before, saved, plan, averages = self._watched, self._saved, self._plan, self._averages
         if not before.changed:
             return
-        steps, previous, self.state = self._steps, self._previous, self._of_fallback()
+        steps, previous, self.state = self._steps, self._previous, self._fallback.adamw.state
         before.close()
-        self._watch(before.model, before.criteria, before.outside)
+        self._watch(before.model, before.criteria, {id(p) for p in before.all})
         before.forget_all_but(self._layers)
-        self._take_over(saved.packed(steps, previous))
-        self._watched.concerns, self._concerns, self._plan = before.concerns, before.concerns, plan
-        if self._watcher is not None:
-            self._watcher.capturing = True
+        self._take_over(saved.packed(steps, previous), before.outside)
+        self._watched.go_on_from(before)
+        self._concerns, self._plan, self._averages = before.concerns, plan, averages
 
     # The step.
 
@@ -245,18 +245,17 @@ class KFAC(Optimizer):
         for group in self.param_groups:  # schedulers and users change them between steps
             check_group(group)
             check_pace(self._groups.shrinkage(group))
-        if self._fallback is not None:
-            self._fallback.follow(self.param_groups)
+        self._fallback.follow(self.param_groups)
         self._concerns.just_skipped, self._unmade = False, None
         if self._watcher is not None and self._watched.moves(self._watcher):
             assert self._planner is not None
             made = self._step_covered(self._watcher, self._planner)
         self._scale = 1.0
-        if self._fallback is not None:
-            alone = self._fallback.step()
-            if alone is False and not self._concerns.just_skipped:
-                self._skip()
-            made = alone if made is None else made
+        self._set_aside()
+        alone = self._fallback.step()
+        if alone is False and not self._concerns.just_skipped:
+            self._skip()
+        made = alone if made is None else made
         if made:
             self._averages.learn(self._all)
         self._concerns.stop_if_stuck()
@@ -453,10 +452,7 @@ class KFAC(Optimizer):
         check_parameters([param_group], None)
         self._add_to_torch(param_group)
         new = self._watched.add(self.param_groups[-1]["params"])
-        if self._fallback is not None:
-            self._fallback.add(new, self.param_groups)
-        elif new:
-            self._fallback = Fallback(new, self.param_groups, self.options)
+        self._fallback.add(new, self.param_groups)
 
     def _add_to_torch(self, param_group: dict[str, Any]) -> None:
         try:
@@ -523,7 +519,7 @@ class KFAC(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on: tensors and numbers only."""
-        self.state = self._of_fallback()
+        self.state = self._fallback.adamw.state
         handle = self.register_state_dict_post_hook(  # before a user's hooks see it
             lambda _, found: join_(found, self._saved.packed(self._steps, self._previous)),
             prepend=True,
@@ -532,10 +528,6 @@ class KFAC(Optimizer):
             return super().state_dict()  # type: ignore[no-any-return]
         finally:
             handle.remove()
-
-    def _of_fallback(self) -> Any:
-        """torch's own state: AdamW's."""
-        return self.state if self._fallback is None else self._fallback.adamw.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave. Raises StateError if it is of another model.
@@ -562,11 +554,19 @@ class KFAC(Optimizer):
             before.remove()
             after.remove()
 
-    def _take_over(self, ours: Ours) -> None:
-        """Restore what is not torch's; what is has been loaded."""
-        if self._fallback is not None:
-            self._fallback.adamw.state = self.state
+    def _take_over(self, ours: Ours, outside: Collection[int] | None = None) -> None:
+        """Restore what is not torch's; what is has been loaded, and tells what was outside."""
+        if outside is None:
+            outside = {id(p) for p in self._parameters if "exp_avg" in self.state.get(p, ())}
+        self._watched.outside = set(outside)
+        self._set_aside()
+        self._fallback.adamw.state = self.state
         self._steps, self._previous = self._saved.load(ours)
+
+    def _set_aside(self) -> None:
+        """AdamW for what is outside of the watched loss, for as long as it is."""
+        outside = [p for p in self._parameters if id(p) in self._watched.outside]
+        self._fallback.lend(outside, self.param_groups)
 
     @property
     def _saved(self) -> Saved:

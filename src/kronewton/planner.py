@@ -298,7 +298,8 @@ class Planner:
         x = [shortened * v for v in x]
         predicted = found.subspace.value([self.factor * v for v in x], self.settings.damping)
         self.lr, momentum = found.coefficients(x)
-        made = any(x) or found.subspace.curvature[0][0] >= 0  # or the model has no minimum
+        # A criterion's curvature is nowhere negative, but minus one's is everywhere.
+        made = any(x) or all(p.weight is None or float(p.weight) >= 0 for p in parts)
         return Plan(found.direction, self.lr, momentum, (), refined, predicted, shortened, made)
 
     def _normalised(

@@ -61,8 +61,9 @@ class Saved:
             entries[index[id(p)]]["previous"] = step
         for p in watched.all:
             entries[index[id(p)]].update(self.averages.tensors(p))
-        entries[0]["generator"] = watched.fisher.generator.get_state()
-        entries[0]["scalars"] = scalars({"steps": steps, **self._scalars()})
+        first = entries[index[id(watched.all[0])]]  # some containers leave out what is frozen
+        first["generator"] = watched.fisher.generator.get_state()
+        first["scalars"] = scalars({"steps": steps, **self._scalars()})
         return {i: found for i, found in entries.items() if found}
 
     def require_own(self, theirs: Mapping[str, Any], ours: Ours) -> None:
@@ -70,9 +71,10 @@ class Saved:
         watched, index = self.watched, self._index()
         asked = watched.options.basis
         allowed = ("factored", *NORMALISED) if asked == AUTO else (asked,)
-        basis = _basis(read_scalars(ours.get(0, {}).get("scalars")))
+        first = _first(ours)
+        basis = _basis(read_scalars(first.get("scalars")))
         require_same_basis(basis, asked, allowed, "optimizer")
-        require_generator(ours[0].get("generator"))
+        require_generator(first.get("generator"))
         require_same_groups(theirs["param_groups"], self.groups)
         names = watched.names
         for p in watched.all:
@@ -85,11 +87,12 @@ class Saved:
     def load(self, ours: Ours) -> tuple[int, list[Tensor] | None]:
         """The inverse of `packed`: steps and previous are given back, the rest is taken over."""
         watched, index = self.watched, self._index()
-        numbers = read_scalars(ours[0]["scalars"])
+        first = _first(ours)
+        numbers = read_scalars(first["scalars"])
         basis = _basis(numbers)
         if watched.options.basis == AUTO and basis in NORMALISED:
             basis = ORTHOGONAL  # before it was one, "auto" had the other
-        watched.load(self._by_layer(ours), basis, numbers, ours[0]["generator"])
+        watched.load(self._by_layer(ours), basis, numbers, first["generator"])
         if watched.watcher is not None:
             watched.watcher.whole.partial = PARTIAL if numbers["partial"] else ""
         self.averages.load([(p, ours.get(index[id(p)], {})) for p in watched.all])
@@ -122,6 +125,11 @@ class Saved:
             **watched.numbers(),
         }
         return found if planner is None else {**found, **_of_planner(planner)}
+
+
+def _first(ours: Ours) -> Mapping[str, Tensor]:
+    """What is filed under the parameter that has the scalars."""
+    return next((kept for kept in ours.values() if "scalars" in kept), {})
 
 
 def _first_of(layer: Layer) -> Tensor:

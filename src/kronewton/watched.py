@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,10 +39,9 @@ OUTSIDE = "nothing in the loss that was watched depends on it"
 class Watched:
     """The layers of one model, hooked with its criteria, and the curvature known of them.
 
-    trained: the parameters that are asked for; outside: those of them, by their ids, that nothing
-    in the loss that is watched depends on, and that the owner trains otherwise. Those that steps
-    are made for by curvature are `parameters`, one tensor for each in every vector; `place` has
-    their numbers by their ids.
+    trained: the parameters that are asked for; kept: by their ids, those of them that are, though
+    frozen now. Those that steps are made for by curvature are `parameters`, one tensor for each in
+    every vector; `place` has their numbers by their ids.
     """
 
     def __init__(
@@ -52,14 +51,15 @@ class Watched:
         trained: Sequence[Tensor],
         options: CurvatureOptions,
         owner: Owner,
-        outside: Collection[int] | None = None,
+        kept: Collection[int] = (),
     ) -> None:
         self.model, self.criteria, self.options, self.owner = model, criteria, options, owner
         if model is not None:
             require_python(model, owner)
         self.concerns = Concerns(owner, options.most_skips)
-        self.all = [p for p in trained if p.requires_grad]
-        self.frozen = [p for p in trained if not p.requires_grad]
+        self.all = [p for p in trained if p.requires_grad or id(p) in kept]
+        own = {id(p) for p in self.all}
+        self.frozen = [p for p in trained if id(p) not in own]
         if not self.all:
             raise ModelError(
                 "there is nothing to train: no parameter that was given has requires_grad=True. "
@@ -69,21 +69,15 @@ class Watched:
         found = Found() if model is None else find_layers(model, {id(p) for p in self.all})
         # Training gradients come summed over the examples: of a lone parameter they say nothing.
         found = found.without_lone() if mode == "empirical" else found
-        found = found.without(outside, OUTSIDE) if outside else found
-        self.outside = set(outside or ())  # and what is found to be from now on
-        self._sets_aside = outside is not None
-        self._known_outside = len(self.outside)
+        self.outside: set[int] = set()  # parameters of layers that only get a gradient otherwise
         self.layers, self.guests, self.reasons = found.layers, found.guests, found.reasons
         # Who trains otherwise what is outside covers what is thawed; others are warned of it.
-        unknown = set() if self._sets_aside else {id(p) for p in self.frozen}
+        unknown = set() if owner.sets_aside else {id(p) for p in self.frozen}
         self.known = set() if model is None else {id(p) for p in model.parameters()} - unknown
         check_patterns(options, [layer.name for layer in found.layers])
         covered, together = found.covered, options.over_all and bool(found.layers)
         self.parameters = [
-            p
-            for p in self.all
-            if id(p) in covered
-            or (together and p.is_floating_point() and id(p) not in self.outside)
+            p for p in self.all if id(p) in covered or (together and p.is_floating_point())
         ]
         self.place = {id(p): i for i, p in enumerate(self.parameters)}
         self._shapes = [shape_of(p) for p in self.parameters]
@@ -105,8 +99,8 @@ class Watched:
 
     @property
     def changed(self) -> bool:
-        """Whether other parameters are to be covered: some are thawed, or outside of the loss."""
-        return len(self.outside) > self._known_outside or any(p.requires_grad for p in self.frozen)
+        """Whether other parameters are to be covered: some that were frozen are not any more."""
+        return any(p.requires_grad for p in self.frozen)
 
     def forget_all_but(self, layers: Sequence[Layer]) -> None:
         """Let go of what is known of layers that are not among these, or are others there."""
@@ -117,6 +111,15 @@ class Watched:
                     del self.curvature.factors[term]
                 self.curvature.inverses.pop(layer.name, None)
                 self.curvature.moments.pop(layer.name, None)
+
+    def go_on_from(self, before: Watched) -> None:
+        """Take over what is said and counted, and see the next batch whole."""
+        self.concerns = before.concerns
+        self.curvature.dropped, self.curvature.failed = (
+            before.curvature.dropped, before.curvature.failed,
+        )  # fmt: skip
+        if self.watcher is not None:
+            self.watcher.capturing = True
 
     def add(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Take in parameters that came later; those of them that are trained are given back."""
@@ -193,9 +196,11 @@ class Watched:
             say(of_unexplained(self.watcher.filing.unexplained))
             unseen_layers = list(of_unseen(layers, {layer_of(term) for term in seen}))
             say(unseen_said(layer, owner) for layer in unseen_layers)
-            if self._sets_aside:
-                self.outside |= {id(p) for layer in unseen_layers for p in layer.whole().values()}
+            if owner.sets_aside:
+                self.outside |= _ids(unseen_layers)
             say(of_new(self.model, self.known, owner))
+        if self.outside:  # what has been seen since is not, any more
+            self.outside -= _ids(x for x in self.layers if self.curvature.terms(x.name))
         return lost
 
     def _require_same_shapes(self) -> None:
@@ -218,7 +223,7 @@ class Watched:
     # How the curvature is applied.
 
     def gradients(self) -> list[Tensor]:
-        """One tensor per stepped parameter; zeros where that is outside of the loss, as found."""
+        """One tensor per stepped parameter; zeros where that is outside of the watched loss."""
         return [
             torch.zeros_like(p) if id(p) in self.outside else _gradient(p) for p in self.parameters
         ]
@@ -293,7 +298,9 @@ class Watched:
         for i, p in enumerate(self.all):
             name, why = names.get(id(p), f"#{i}"), self.reasons.get(id(p), "")
             own = layers.get(id(p), [])
-            if own:
+            if id(p) in self.outside:
+                rows.append(row_without(name, p, False, self.owner.method, OUTSIDE))
+            elif own:
                 why = unexplained.get(own[0].name, why) or unseen(own, self.curvature, steps)
                 rows.append(row_of(name, p, own, self.curvature, why))
             else:
@@ -336,6 +343,10 @@ class Watched:
         """Remove every hook."""
         if self.watcher is not None:
             self.watcher.close()
+
+
+def _ids(layers: Iterable[Layer]) -> set[int]:
+    return {id(p) for layer in layers for p in layer.whole().values()}
 
 
 def _what(layer: Layer) -> tuple[object, ...]:

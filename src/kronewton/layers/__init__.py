@@ -81,17 +81,11 @@ class Found:
     def without_lone(self) -> Found:
         """The same less the parameters that are layers on their own."""
         lone = [layer for layer in self.layers if layer.kind is LONE]
-        ids = {id(p) for layer in lone for p in layer.whole().values()}
-        return self.without(ids, "training gradients come summed over the examples")
-
-    def without(self, ids: Collection[int], why: str) -> Found:
-        """The same less the layers of these parameters, and why they are left out."""
-        reasons = {i: f"{own}, and {why}" if (own := self.reasons.get(i)) else why for i in ids}
-        layers, guests = (
-            [layer for layer in some if not any(id(p) in ids for p in layer.whole().values())]
-            for some in (self.layers, self.guests)
-        )
-        return Found(layers, guests, {**self.reasons, **reasons})
+        ids = [id(p) for layer in lone for p in layer.whole().values()]
+        why = "training gradients come summed over the examples"
+        reasons = {i: f"{self.reasons[i]}, and {why}" if self.reasons[i] else why for i in ids}
+        rest = [layer for layer in self.layers if layer.kind is not LONE]
+        return Found(rest, self.guests, {**self.reasons, **reasons})
 
 
 def plain_name(name: str) -> str:
