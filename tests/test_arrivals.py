@@ -258,6 +258,12 @@ def test_who_loses_on_test_data_by_then_has_not_won() -> None:
     assert "(first, but SGD's test loss is lower by then)" in arrivals.verdict([worse])
 
 
+def test_level_on_test_data_is_not_behind() -> None:
+    goal = found_of(kfac=FAST, sgd=SLOW)[-1]
+    level = replace(goal.rivals[0], test_then=goal.kfac.test)
+    assert replace(goal, rivals=(level,)).won
+
+
 def test_the_summary_for_a_page_has_a_row_for_each_target() -> None:
     head, rule, first, last = arrivals.summary_markdown(found_of(kfac=FAST, sgd=SLOW)).splitlines()
     assert {line.count("|") for line in (head, rule, first, last)} == {7}

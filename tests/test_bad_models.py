@@ -942,6 +942,101 @@ def test_a_weight_of_the_loss_that_the_output_does_not_depend_on_is_adamws(
     assert torch.equal(values(twin), values(model))
 
 
+def test_a_head_that_enters_the_watched_loss_later_is_covered_then() -> None:
+    model, criterion, (x, y) = Partly(False, True), nn.CrossEntropyLoss(), points()
+    optimizer = kn.KFAC(model, criterion)
+
+    def loss(watched: bool) -> Tensor:
+        first, second = model(x)
+        return criterion(first, y) + (criterion if watched else F.cross_entropy)(second, y % 2)
+
+    def method() -> str:
+        rows = optimizer.coverage().rows
+        return next(row.method for row in rows if row.parameter == "other.weight")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KronewtonWarning)
+        for _ in range(4):
+            made(optimizer, lambda: loss(False))
+        assert method() == "AdamW"
+        for _ in range(6):
+            made(optimizer, lambda: loss(True))
+    assert method().startswith("K-FAC")
+    assert optimizer._fallback.step() is None  # nothing is lent any more
+
+
+@pytest.mark.parametrize("basis", ["factored", "eigen"])
+def test_a_converged_training_goes_on_without_a_word(basis: str) -> None:
+    torch.manual_seed(1)
+    model, criterion = (
+        nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)),
+        nn.CrossEntropyLoss(),
+    )
+    x = torch.randn(64, 6)
+    y = x[:, :3].argmax(1)
+    optimizer = kn.KFAC(model, criterion, basis=basis, damping=1e-9)
+    for _ in range(450):
+        made(optimizer, lambda: criterion(model(x), y))
+    assert float(optimizer.diagnostics()["skipped"]) == 0
+
+
+def test_what_a_thaw_keeps() -> None:
+    """Averages, counts, AdamW's moments, the previous step, and curvature of what is frozen now."""
+    model, criterion, (x, y) = Text(tied=False), nn.CrossEntropyLoss(), sentences()
+    model.odd = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    model.head.requires_grad_(False)
+    optimizer = kn.KFAC(model, criterion, averaging=0.9)
+
+    def loss() -> Tensor:
+        return criterion(model(x), y) + (model.odd - 3).abs().square().sum()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KronewtonWarning)
+        for _ in range(4):
+            made(optimizer, loss)
+        lstm = next(name for name in optimizer._curvature.layers if name.startswith("lstm"))
+        model.lstm.requires_grad_(False)
+        model.head.requires_grad_(True)
+        averages, previous = optimizer._averages, optimizer._previous
+        moments = optimizer._fallback.adamw.state[model.odd]["exp_avg"].clone()
+        optimizer._curvature.dropped = 7
+        optimizer.zero_grad()
+        assert optimizer._watcher.capturing
+        assert optimizer._averages is averages
+        assert previous is not None
+        assert float(optimizer.diagnostics()["dropped_statistics"]) == 7
+        assert torch.equal(optimizer._fallback.adamw.state[model.odd]["exp_avg"], moments)
+        assert optimizer._curvature.terms(lstm)
+        made(optimizer, loss)
+    assert {row.parameter for row in optimizer.coverage().rows} == {
+        name for name, _ in model.named_parameters()
+    }
+
+
+def test_a_thawed_part_of_a_layer_makes_it_another_layer() -> None:
+    model, criterion, (x, y) = net(), nn.CrossEntropyLoss(), points()
+    model[0].bias.requires_grad_(False)
+    optimizer = trained(model, criterion, (x, y))
+    inner = optimizer._curvature.terms("2")
+    model[0].bias.requires_grad_(True)
+    optimizer.zero_grad()
+    assert optimizer._curvature.terms("0") == []
+    assert optimizer._curvature.terms("2") == inner == ["2"]
+    assert outcome(model, lambda: made(optimizer, lambda: criterion(model(x), y))) == []
+
+
+def test_a_state_is_filed_under_the_first_parameter_that_is_trained() -> None:
+    model, criterion, (x, y) = net(), nn.CrossEntropyLoss(), points()
+    model[0].requires_grad_(False)
+    optimizer = trained(model, criterion, (x, y))
+    state = optimizer.state_dict()["state"]
+    assert "kfac_scalars" in state[2]
+    assert not {0, 1} & state.keys()
+    other = kn.KFAC(model, criterion)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.coverage() == optimizer.coverage()
+
+
 def test_torchscript_is_refused_by_name() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
