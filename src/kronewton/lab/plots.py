@@ -332,6 +332,7 @@ def _ladder_axes(ax: Axes, told: Explanation) -> None:
 def _race(axes: Sequence[Axes], plan: Plan, raced: Board, colours: Mapping[str, str]) -> None:
     """Training loss against steps and against seconds, with the target across both."""
     ends = []
+    longest = max((rs[-1].step for rs in raced.values() if rs), default=0)
     for rival in plan.rivals:
         runs = [rs for lane, rs in raced.items() if lane.rival == rival.name]
         points = _median_curve([[r for r in rs if r.train_loss is not None] for rs in runs])
@@ -339,7 +340,8 @@ def _race(axes: Sequence[Axes], plan: Plan, raced: Board, colours: Mapping[str, 
             continue
         _draw(axes, points, rival, colours[rival.name])
         if not plan.equal and len(plan.rivals) <= FEW:
-            _mark_end(axes, points, rival, colours[rival.name])
+            early = points[-1][0] < longest / 3
+            _mark_end(axes, points, rival, colours[rival.name], early)
         if not any(rs and rs[-1].diverged for rs in runs):
             ends.append(points[-1][0])
     for ax in axes:
@@ -347,10 +349,11 @@ def _race(axes: Sequence[Axes], plan: Plan, raced: Board, colours: Mapping[str, 
         ax.axhline(plan.target, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     axes[0].annotate(
         f"target {plan.target:g}",
-        (0, plan.target),
+        (0.5, plan.target),
         xycoords=("axes fraction", "data"),
-        xytext=(4, -10),
+        xytext=(0, -10),
         textcoords="offset points",
+        ha="center",
         fontsize=8,
         color=INK,
     )
@@ -409,8 +412,9 @@ def _mark_end(
     points: Sequence[Point],
     rival: Rival,
     colour: str,
+    early: bool,
 ) -> None:
-    """A dot where a run of its own length ends, with what it came to."""
+    """A dot where a run of its own length ends, with what it came to: to the right if early."""
     step, seconds, loss, *_ = points[-1]
     said = (f"{rival.label}, {step} steps: {digits(loss)}", f"{digits(seconds)} s")
     for ax, x, text in zip(axes, (step, seconds), said, strict=True):
@@ -421,7 +425,7 @@ def _mark_end(
             (x, loss),
             xytext=(0, -8),
             textcoords="offset points",
-            ha="right",
+            ha="left" if early else "right",
             va="top",
             fontsize=8,
             color=colour,
