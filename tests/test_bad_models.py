@@ -981,7 +981,7 @@ def test_a_converged_training_goes_on_without_a_word(basis: str) -> None:
 
 
 def test_what_a_thaw_keeps() -> None:
-    """Averages, counts, AdamW's moments, the previous step, and curvature of what is frozen now."""
+    """Averages, counts, AdamW's moments, and the curvature of what is frozen now."""
     model, criterion, (x, y) = Text(tied=False), nn.CrossEntropyLoss(), sentences()
     model.odd = nn.Parameter(torch.ones(2, dtype=torch.complex64))
     model.head.requires_grad_(False)
@@ -997,13 +997,12 @@ def test_what_a_thaw_keeps() -> None:
         lstm = next(name for name in optimizer._curvature.layers if name.startswith("lstm"))
         model.lstm.requires_grad_(False)
         model.head.requires_grad_(True)
-        averages, previous = optimizer._averages, optimizer._previous
+        averages = optimizer._averages
         moments = optimizer._fallback.adamw.state[model.odd]["exp_avg"].clone()
         optimizer._curvature.dropped = 7
         optimizer.zero_grad()
         assert optimizer._watcher.capturing
         assert optimizer._averages is averages
-        assert previous is not None
         assert float(optimizer.diagnostics()["dropped_statistics"]) == 7
         assert torch.equal(optimizer._fallback.adamw.state[model.odd]["exp_avg"], moments)
         assert optimizer._curvature.terms(lstm)

@@ -71,10 +71,10 @@ class Saved:
         watched, index = self.watched, self._index()
         asked = watched.options.basis
         allowed = ("factored", *NORMALISED) if asked == AUTO else (asked,)
-        first = _first(ours)
-        basis = _basis(read_scalars(first.get("scalars")))
+        once = _said_once(ours)
+        basis = _basis(read_scalars(once.get("scalars")))
         require_same_basis(basis, asked, allowed, "optimizer")
-        require_generator(first.get("generator"))
+        require_generator(once.get("generator"))
         require_same_groups(theirs["param_groups"], self.groups)
         names = watched.names
         for p in watched.all:
@@ -87,12 +87,12 @@ class Saved:
     def load(self, ours: Ours) -> tuple[int, list[Tensor] | None]:
         """The inverse of `packed`: steps and previous are given back, the rest is taken over."""
         watched, index = self.watched, self._index()
-        first = _first(ours)
-        numbers = read_scalars(first["scalars"])
+        once = _said_once(ours)
+        numbers = read_scalars(once["scalars"])
         basis = _basis(numbers)
         if watched.options.basis == AUTO and basis in NORMALISED:
             basis = ORTHOGONAL  # before it was one, "auto" had the other
-        watched.load(self._by_layer(ours), basis, numbers, first["generator"])
+        watched.load(self._by_layer(ours), basis, numbers, once["generator"])
         if watched.watcher is not None:
             watched.watcher.whole.partial = PARTIAL if numbers["partial"] else ""
         self.averages.load([(p, ours.get(index[id(p)], {})) for p in watched.all])
@@ -127,8 +127,8 @@ class Saved:
         return found if planner is None else {**found, **_of_planner(planner)}
 
 
-def _first(ours: Ours) -> Mapping[str, Tensor]:
-    """What is filed under the parameter that has the scalars."""
+def _said_once(ours: Ours) -> Mapping[str, Tensor]:
+    """What is filed with the scalars, under one parameter for all."""
     return next((kept for kept in ours.values() if "scalars" in kept), {})
 
 

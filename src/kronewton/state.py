@@ -165,8 +165,8 @@ def require_same_shapes(
             _require_number(f"'step' of {owner}", value)
         elif value.shape != p.shape:
             raise _of_another_model(f"{key!r}", value, owner, p.shape)
-    for key in ours.keys() & {"average_steps"}:
-        _require_count(key, ours[key], owner)
+    if "average_steps" in ours:
+        _require_count("average_steps", ours["average_steps"], owner)
     for key, what in (("previous", "a step"), ("average", "an average")):
         found = ours.get(key)
         if found is not None:
