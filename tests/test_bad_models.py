@@ -942,6 +942,20 @@ def test_a_weight_of_the_loss_that_the_output_does_not_depend_on_is_adamws(
     assert torch.equal(values(twin), values(model))
 
 
+def test_what_is_outside_of_the_watched_loss_decays_once() -> None:
+    model, criterion, (x, y) = net(), nn.CrossEntropyLoss(), points()
+    model.beside, alone = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = kn.KFAC(model, criterion, weight_decay=0.5)
+    adamw = torch.optim.AdamW([alone], lr=1e-3, weight_decay=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KronewtonWarning)
+        for _ in range(5):
+            made(optimizer, lambda: criterion(model(x), y) + model.beside.square().sum())
+            alone.grad = 2 * alone.detach()
+            adamw.step()
+    torch.testing.assert_close(model.beside.detach(), alone.detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_a_head_that_enters_the_watched_loss_later_is_covered_then() -> None:
     model, criterion, (x, y) = Partly(False, True), nn.CrossEntropyLoss(), points()
     optimizer = kn.KFAC(model, criterion)
@@ -999,7 +1013,7 @@ def test_what_a_thaw_keeps() -> None:
         model.head.requires_grad_(True)
         averages = optimizer._averages
         moments = optimizer._fallback.adamw.state[model.odd]["exp_avg"].clone()
-        optimizer._curvature.dropped = 7
+        optimizer._curvature.dropped, optimizer._watcher.capturing = 7, False
         optimizer.zero_grad()
         assert optimizer._watcher.capturing
         assert optimizer._averages is averages
@@ -1117,12 +1131,14 @@ def test_a_derivative_of_the_model_may_be_observed_beside_its_output(order: str)
     optimizer = kn.KFAC(model)
     x, edge = torch.linspace(0, 1, 20).double()[:, None], torch.zeros(4, 1).double()
     first, second, losses = nn.MSELoss(), nn.MSELoss(), []
-    for _ in range(60):
+    for step in range(60):
         optimizer.zero_grad()
         inside = x.clone().requires_grad_()
         (slope,) = torch.autograd.grad(model(inside).sum(), inside, create_graph=True)
         at_edge = model(edge)
-        observed = [(slope, torch.ones_like(x), first), (at_edge, torch.zeros_like(edge), second)]
+        observed = [(at_edge, torch.zeros_like(edge), second)]
+        if step % 3 < 2:  # not in every step
+            observed.insert(0, (slope, torch.ones_like(x), first))
         for one in observed if order == "derivative first" else observed[::-1]:
             optimizer.observe(*one)
         loss = F.mse_loss(slope, torch.ones_like(x)) + F.mse_loss(at_edge, torch.zeros_like(edge))
